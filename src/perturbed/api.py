@@ -1,0 +1,230 @@
+"""The few calls that do the whole job: run a method's study, compare interventions on one plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from perturbed.core.plan import Intervention, Measure, Plan, apply
+from perturbed.core.registry import Card, Method, card, load
+from perturbed.errors import PlanError, nearest
+from perturbed.evidence.pool import Place, Pool
+from perturbed.evidence.progress import Bars
+from perturbed.evidence.runner import Fixed, Record, Setting, add_interactions, check_seeds, default_store, run_study
+from perturbed.evidence.settings import apply_settings, load_plan, plan_file
+from perturbed.evidence.study import Direction, Recipe, Study
+
+Seeds = int | Iterable[int]
+Arm = Sequence[Intervention]
+
+
+def _seeds(seeds: Seeds) -> tuple[int, ...]:
+    return check_seeds(range(seeds) if isinstance(seeds, int) else seeds)
+
+
+def setting(
+    slug: str,
+    *,
+    seeds: Seeds | None = None,
+    scale: str = "laptop",
+    arms: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    plan: str | Plan | None = None,
+) -> Setting:
+    """What ``run`` would carry out, with nothing run yet.
+
+    Raises:
+        PerturbedError: unknown slug, scale, arm, field or plan, or seeds that pair nothing.
+    """
+    method = load(slug)
+    study: Study = method.study
+    chosen = _seeds(study.seeds if seeds is None else seeds)
+    at = study.at(scale)
+    smoke: Study | None = study.at("smoke")
+    if plan is not None:
+        own: Recipe = load_plan(plan) if isinstance(plan, str) else Fixed(plan)
+        at = dataclasses.replace(at, plan=own)
+        smoke = None  # one's own plan has no smoke length, so the gates that need one do not apply
+    at = _with_arms(apply_settings(at, settings), arms)
+    smoke = _with_arms(apply_settings(smoke, _of_arms(settings, at)), arms) if smoke else None
+    changed = bool(settings or arms) or plan is not None
+    registered = not changed and chosen == tuple(range(study.seeds)) and scale in ("laptop", "full")
+    command = _command("run", [slug], chosen, scale, arms, settings, plan)
+    return Setting(at, scale, chosen, smoke, method.card, registered, command)
+
+
+def _with_arms(study: Study, names: Sequence[str]) -> Study:
+    if not names:
+        return study
+    unknown = [n for n in names if n not in study.arms and n != "control"]
+    if unknown:
+        raise PlanError(f"the study has no arm {unknown[0]!r}: {nearest(unknown[0], study.arms)}")
+    wanted = {study.primary, study.reference, *names}
+    sham = study.sham if study.sham in names else None
+    return dataclasses.replace(study, arms={n: a for n, a in study.arms.items() if n in wanted}, sham=sham)
+
+
+def _of_arms(settings: Sequence[str], study: Study) -> list[str]:
+    """The settings that change an arm and not the plan, whose sizes the smoke keeps."""
+    plan_fields = {f.name for f in dataclasses.fields(study.plan)} | {"plan"}  # type: ignore[arg-type]
+    return [s for s in settings if s.partition("=")[0].partition(".")[0] not in plan_fields]
+
+
+def _command(
+    verb: str,
+    slugs: Sequence[str],
+    seeds: tuple[int, ...],
+    scale: str | None,
+    arms: Sequence[str],
+    settings: Sequence[str],
+    plan: object,
+) -> str:
+    plain = seeds == tuple(range(len(seeds)))
+    words = ["perturbed", verb, *slugs, "--seeds", str(len(seeds)) if plain else ",".join(map(str, seeds)) + ","]
+    words += ["--scale", scale] if scale not in (None, "laptop") else []
+    words += ["--arms", ",".join(arms)] if arms else []
+    words += [w for s in settings for w in ("--set", s)]
+    words += ["--plan", plan] if isinstance(plan, str) else []
+    return shlex.join(words)
+
+
+def run(
+    slug: str,
+    *,
+    seeds: Seeds | None = None,
+    scale: str = "laptop",
+    arms: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    plan: str | Plan | None = None,
+    workers: int | None = None,
+    on: Place = "local",
+) -> Record:
+    """Run a method's study and judge it.
+
+    Args:
+        slug: of the method (``perturbed list``).
+        seeds: how many (0, 1, …) or which; the study's own number if None.
+        scale: ``smoke``, ``laptop``, ``full`` or ``paper``.
+        arms: only these, with the primary and its reference.
+        settings: ``FIELD=VALUE`` as ``--set`` takes them; the record is then not registered.
+        plan: another control plan: a built-in name, ``FILE.py:NAME`` or a ``Plan``.
+        workers: runs at once; one a core by default.
+        on: ``local`` processes or ``ray`` tasks.
+
+    Returns:
+        The record: scores, effects with intervals, verdict, gates, cost.
+
+    Raises:
+        PerturbedError: bad input, with what to do about it.
+        Interrupted: Ctrl-C; the same call goes on from there.
+    """
+    asked = setting(slug, seeds=seeds, scale=scale, arms=arms, settings=settings, plan=plan)
+    return carry_out(asked, plan=plan, workers=workers, on=on)
+
+
+def carry_out(asked: Setting, *, plan: object = None, workers: int | None = None, on: Place = "local") -> Record:
+    """Run what ``setting`` described."""
+    file = plan_file(plan) if isinstance(plan, str) else None
+    pool = Pool(default_store(), workers=workers, on=on, files=(file,) if file else ())
+    name = asked.card.slug if asked.card else "compare"
+    with Bars(name) as bars:
+        return run_study(asked, pool, bars.listen)
+
+
+def compare(
+    plan: Plan | Recipe | str,
+    arms: Mapping[str, Arm],
+    *,
+    seeds: Seeds = 8,
+    metric: str | None = None,
+    direction: Direction | None = None,
+    epsilon: float | None = None,
+    factorial: bool = False,
+    workers: int | None = None,
+    on: Place = "local",
+    command: str = "",
+) -> Record:
+    """Run several interventions against one control on one plan, and say whether their effects add up.
+
+    Args:
+        plan: a ``Plan``, a recipe, a built-in plan's name or ``FILE.py:NAME``.
+        arms: named sequences of interventions; the first named is the primary contrast, the others are Holm-adjusted.
+        seeds: how many, or which.
+        metric: the score that decides; the plan's first measure by default.
+        direction: of the hoped-for change; as the plan's first measure improves, by default.
+        epsilon: smallest effect of interest; without it no null can be shown.
+        factorial: also run every combination of two or more arms (applied in the order given, the last outermost),
+            with the interaction d_ab - d_a - d_b of each pair.
+        workers: runs at once.
+        on: ``local`` or ``ray``.
+        command: to be recorded as the one that reproduces this.
+
+    Raises:
+        PerturbedError: bad input, with what to do about it.
+    """
+    if not arms:
+        raise PlanError("compare needs at least one arm")
+    recipe: Recipe = load_plan(plan) if isinstance(plan, str) else Fixed(plan) if isinstance(plan, Plan) else plan
+    main: Measure = recipe().measures[0]
+    every: dict[str, tuple[Intervention, ...]] = {name: tuple(arm) for name, arm in arms.items()}
+    pairs: dict[str, tuple[str, str]] = {}
+    if factorial:
+        for size in range(2, len(arms) + 1):
+            for names in itertools.combinations(arms, size):
+                every["+".join(names)] = tuple(i for n in names for i in arms[n])
+                if size == 2:
+                    pairs["+".join(names)] = (names[0], names[1])
+    study = Study(
+        plan=recipe, arms=every, primary=next(iter(arms)), metric=metric or main.name,
+        direction=direction or main.better, epsilon=epsilon, budget="reported",
+    )  # fmt: skip
+    for name, arm in study.arms.items():
+        _explain(recipe(), name, arm)
+    asked = Setting(study, "own", _seeds(seeds), command=command)
+    record = carry_out(asked, plan=plan, workers=workers, on=on)
+    return add_interactions(record, pairs) if factorial else record
+
+
+def _explain(plan: Plan, name: str, arm: Sequence[Intervention]) -> None:
+    try:
+        apply(plan, arm)
+    except PlanError as e:
+        raise PlanError(f"arm {name!r} does not fit: {e}") from e
+
+
+def methods_as_arms(slugs: Sequence[str]) -> dict[str, Arm]:
+    """The primary arm's interventions of each method's study, by identifier.
+
+    Raises:
+        PerturbedError: a method has no intervention to compare.
+    """
+    arms: dict[str, Arm] = {}
+    for slug in slugs:
+        method: Method = load(slug)
+        study: Study = method.study
+        if method.card.kind != "intervention" or study.primary is None:
+            raise PlanError(f"{slug} is a {method.card.kind}, not an intervention: it changes nothing to compare")
+        arms[slug.replace("-", "_")] = study.arms[study.primary]
+    return arms
+
+
+def compare_methods(
+    slugs: Sequence[str], plan: str, *, seeds: Seeds = 8, factorial: bool = False, **how: Any
+) -> Record:
+    """``compare`` with the primary arms of methods."""
+    words = _command("compare", slugs, _seeds(seeds), None, (), (), plan) + (" --factorial" if factorial else "")
+    return compare(plan, methods_as_arms(slugs), seeds=seeds, factorial=factorial, command=words, **how)
+
+
+def write_report(record: Record, out: Path) -> Path:
+    """The HTML page of a record, in folder ``out``."""
+    from perturbed.evidence.report import write_study
+
+    return write_study(record, out)
+
+
+__all__ = ["Card", "Method", "card", "compare", "compare_methods", "load", "run", "setting", "write_report"]

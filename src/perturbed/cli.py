@@ -1,0 +1,476 @@
+"""The command line. Every command imports what it needs when it runs, so that help and lists come at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from perturbed.errors import Interrupted, PerturbedError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from perturbed.evidence.runner import Record
+
+app = typer.Typer(
+    help="Change one thing about how a model is trained, adapted or used, and see what happens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cache = typer.Typer(help="The checkpoint store.", no_args_is_help=True)
+ledger = typer.Typer(help="The committed and your own evidence.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
+app.add_typer(ledger, name="ledger")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the HTML report.")]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="How many (8 means 0…7), or which: 0,1,2 (one: 5,).")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Runs at once; one a core by default.")]
+On = Annotated[str, typer.Option("--on", help="local or ray.")]
+Direction = Annotated[str | None, typer.Option("--direction", help="higher, lower or equal.")]
+Epsilon = Annotated[float | None, typer.Option("--epsilon", help="Smallest effect of interest.")]
+
+
+def fail(message: str) -> NoReturn:
+    """End with a one-line reason."""
+    raise PerturbedError(message)
+
+
+def show_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    json.dump(document, sys.stdout, ensure_ascii=False, allow_nan=False)
+    print()
+
+
+def parse_seeds(text: str | None) -> int | list[int] | None:
+    """``8`` is how many, ``0,1,2`` are which."""
+    if text is None:
+        return None
+    try:
+        if "," not in text:
+            return int(text)
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        fail(f"--seeds {text}: write how many (8) or which (0,1,2)")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """``value`` if it is one of ``allowed``."""
+    if value not in allowed:
+        fail(f"{name} {value}: it is one of {', '.join(allowed)}")
+    return value
+
+
+def report_folder(out: Path | None) -> Path:
+    """Where reports go, tried out before any work is done."""
+    from perturbed.home import home
+
+    folder = out or home() / "reports"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        fail(f"cannot write reports to {folder}: {e.strerror}; choose another folder with --out")
+    return folder
+
+
+@app.command("list")
+def list_(
+    query: Annotated[str | None, typer.Argument(help="Words in title, summary or tags.")] = None,
+    site: Annotated[str | None, typer.Option("--site", help="Only methods that act there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The methods, with the verdicts of their committed evidence."""
+    from perturbed.core.registry import cards
+    from perturbed.evidence.ledger import stored_verdict
+
+    sites = ("data", "inputs", "features", "weights", "objectives", "optim", "inference", "measures")
+    if site is not None:
+        choice("--site", site, sites)
+    rows = []
+    for card in cards().values():
+        text = " ".join([card.slug, card.title, card.summary, *card.tags]).lower()
+        if (site is None or site in card.sites) and all(w in text for w in (query or "").lower().split()):
+            fields = ("slug", "title", "arxiv", "year", "sites", "modality", "kind")
+            rows.append({f: getattr(card, f) for f in fields} | {"verdict": stored_verdict(card.slug)})
+    if as_json:
+        return show_json(rows)
+    if not rows:
+        print("no method matches; `perturbed list` shows all", file=sys.stderr)
+        return None
+    table = new_table("method", "acts on", "year", "verdict here", "title")
+    for row in rows:
+        table.add_row(row["slug"], ", ".join(row["sites"]), str(row["year"]), colour(row["verdict"]), row["title"])
+    console().print(table)
+    return None
+
+
+@app.command()
+def show(slug: str, as_json: Json = False) -> None:
+    """A method's card, its claim and its evidence."""
+    import dataclasses
+
+    from perturbed.core.registry import card
+    from perturbed.evidence.ledger import latest, recompute
+
+    found, record = card(slug), latest(slug)
+    if record is not None:
+        recompute(record)
+    if as_json:
+        return show_json(dataclasses.asdict(found) | {"evidence": record})
+    out = console()
+    out.print(f"[bold]{found.title}[/] ({found.year}, arXiv {found.arxiv})", highlight=False)
+    out.print(f"[dim]{found.slug} · {', '.join(found.sites)} · {found.modality} · {found.kind}[/]\n", highlight=False)
+    out.print(found.summary + "\n", highlight=False)
+    out.print(f"claim      {found.claim['text']}\npaper      {found.claim['paper']}", highlight=False)
+    if record is None:
+        out.print(f"evidence   none yet: perturbed run {slug}", highlight=False)
+    else:
+        print_record(record)
+    return None
+
+
+@app.command()
+def run(
+    slug: str,
+    seeds: Seeds = None,
+    scale: Annotated[str, typer.Option("--scale", help="smoke, laptop, full or paper.")] = "laptop",
+    arms: Annotated[str | None, typer.Option("--arms", help="Only these arms: A,B.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE, again for more.")] = None,
+    plan: Annotated[str | None, typer.Option("--plan", help="A built-in plan or FILE.py:NAME.")] = None,
+    workers: Workers = None,
+    on: On = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and cost.")] = False,
+    as_json: Json = False,
+    out: Out = None,
+    register: Annotated[bool, typer.Option("--register", help="Append to the package's ledger.")] = False,
+) -> None:
+    """Run a method's study: control and arms on paired seeds, then the verdict."""
+    choice("--scale", scale, ("smoke", "laptop", "full", "paper"))
+    choice("--on", on, ("local", "ray"))
+    folder = None if dry_run else report_folder(out)
+    from perturbed import api
+    from perturbed.evidence import dry
+
+    chosen = [a.strip() for a in arms.split(",")] if arms else []
+    asked = api.setting(slug, seeds=parse_seeds(seeds), scale=scale, arms=chosen, settings=settings or [], plan=plan)
+    if dry_run:
+        estimate = dry.price(asked)
+        return show_json(estimate) if as_json else print(dry.describe(estimate))
+    if register and not asked.registered:
+        fail("--register takes only what was fixed beforehand: the study's own seeds, arms, plan and fields")
+    assert folder is not None
+    record = api.carry_out(asked, plan=plan, workers=workers, on=on)
+    if scale in ("laptop", "full"):
+        record = keep(record, register)
+    return finish(record, folder, as_json)
+
+
+def keep(record: Record, register: bool) -> Record:
+    """The record as appended to the user's ledger, or to the package's."""
+    from perturbed.evidence import ledger as ledgers
+
+    folder = ledgers.package_folder() if register else ledgers.user_folder()
+    return ledgers.append(ledgers.file_of(folder, record["slug"] or "compare"), record)
+
+
+def finish(record: Record, folder: Path, as_json: bool) -> None:
+    """Show a record, write its page, and end with exit code 3 if a gate failed."""
+    from perturbed.evidence.report import write_study
+
+    page = write_study(record, folder)
+    if as_json:
+        show_json(record)
+    else:
+        print_record(record)
+        console().print(f"report     {page}", highlight=False, soft_wrap=True)
+    if any(g["pass"] is False for g in record["gates"].values()):
+        raise typer.Exit(3)
+
+
+@app.command()
+def compare(
+    slugs: list[str],
+    plan: Annotated[str, typer.Option("--plan", help="A built-in plan or FILE.py:NAME.")],
+    factorial: Annotated[bool, typer.Option("--factorial", help="Also in combination.")] = False,
+    seeds: Seeds = "8",
+    direction: Direction = None,
+    epsilon: Epsilon = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="The score that decides.")] = None,
+    workers: Workers = None,
+    on: On = "local",
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """Several methods against one control on one plan, and whether their effects add up."""
+    if direction is not None:
+        choice("--direction", direction, ("higher", "lower", "equal"))
+    choice("--on", on, ("local", "ray"))
+    folder = report_folder(out)
+    from perturbed import api
+
+    how: dict[str, Any] = {"metric": metric, "direction": direction, "epsilon": epsilon, "workers": workers, "on": on}
+    number = parse_seeds(seeds)
+    record = api.compare_methods(slugs, plan, seeds=8 if number is None else number, factorial=factorial, **how)
+    finish(keep(record, register=False), folder, as_json)
+
+
+@app.command()
+def judge(
+    scores: Annotated[Path, typer.Argument(help="CSV, TSV, Parquet or JSON; exports of W&B and MLflow too.")],
+    control: Annotated[str, typer.Option("--control", help="Name of the reference arm.")],
+    treatment: Annotated[str, typer.Option("--treatment", help="Name of the arm that is judged.")],
+    direction: Annotated[str, typer.Option("--direction", help="higher, lower or equal.")] = "higher",
+    epsilon: Epsilon = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="Which score, where there are several.")] = None,
+    arm: Annotated[str | None, typer.Option("--arm", help="Column of the arm.")] = None,
+    seed: Annotated[str | None, typer.Option("--seed", help="Column of the seed.")] = None,
+    transform: Annotated[str, typer.Option("--transform", help="raw or log.")] = "raw",
+    as_json: Json = False,
+    out: Out = None,
+) -> None:
+    """The same verdict for runs made elsewhere."""
+    choice("--direction", direction, ("higher", "lower", "equal"))
+    choice("--transform", transform, ("raw", "log"))
+    folder = report_folder(out)
+    from perturbed.evidence.scores import judge_files
+
+    try:
+        how: dict[str, Any] = {"direction": direction, "epsilon": epsilon, "transform": transform}
+        columns: dict[str, Any] = {"metric": metric, "arm": arm, "seed": seed}
+        record = judge_files(scores, control=control, treatment=treatment, **how, **columns)
+    except ValueError as e:
+        raise PerturbedError(str(e)) from e
+    finish(record | {"command": shlex.join(["perturbed", *sys.argv[1:]])}, folder, as_json)
+
+
+@app.command()
+def power(
+    sd: Annotated[float | None, typer.Option("--sd", help="Standard deviation of the paired differences.")] = None,
+    effect: Annotated[float | None, typer.Option("--effect", help="True effect.")] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Number of pairs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How many seeds an effect needs, or how small an effect so many seeds can show (80 % power)."""
+    import dataclasses
+
+    from perturbed.evidence import statistics
+
+    try:
+        found = statistics.power(sd=sd, effect=effect, seeds=seeds)
+    except ValueError as e:
+        raise PerturbedError(str(e).replace("sd, effect and seeds", "--sd, --effect and --seeds")) from e
+    if as_json:
+        return show_json(dataclasses.asdict(found))
+    words = f"{found.seeds} seeds show a true effect of {found.effect:.4g} in 4 of 5 studies where paired differences"
+    return print(f"{words} have a standard deviation of {found.sd:.4g}")
+
+
+@app.command()
+def plans(as_json: Json = False) -> None:
+    """The built-in control plans and their fields."""
+    import dataclasses
+
+    from perturbed.evidence.settings import recipes
+
+    rows = []
+    for name, recipe in recipes().items():
+        fields = {f.name: f.default for f in dataclasses.fields(recipe)}
+        summary = (recipe.__doc__ or "").strip().splitlines()[0]
+        rows.append({"name": name, "summary": summary, "fields": fields})
+    if as_json:
+        return show_json(rows)
+    for row in rows:
+        console().print(f"[bold]{row['name']}[/]  {row['summary']}", highlight=False)
+        console().print("  " + ", ".join(f"{k}={v!r}" for k, v in row["fields"].items()) + "\n", style="dim")
+    return None
+
+
+@app.command()
+def report(out: Out = None) -> None:
+    """An HTML page for every study in the ledgers, and their index."""
+    folder = report_folder(out)
+    from perturbed.evidence import ledger as ledgers
+    from perturbed.evidence.report import page_name, write_index, write_study
+
+    pages: dict[str, list[Record]] = {}
+    for source in (ledgers.user_folder(), ledgers.package_folder()):
+        for file in sorted(source.glob("*.jsonl")):
+            for record in ledgers.read(file):
+                ledgers.recompute(record)
+                pages.setdefault(page_name(record), []).append(record)
+    for records in pages.values():
+        records.sort(key=lambda r: r["started"])
+        write_study(records[-1], folder, history=records[:-1])
+    console().print(
+        f"report     {write_index([r[-1] for r in pages.values()], folder)}", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def bench(as_json: Json = False) -> None:
+    """What the engine costs beside a loop written by hand, and what sharing of stages saves, on this machine."""
+    from perturbed import bench as benches
+
+    found = benches.run_all()
+    return show_json(found) if as_json else print(benches.table(found))
+
+
+@cache.command("ls")
+def cache_ls(as_json: Json = False) -> None:
+    """What the checkpoint store holds."""
+    from perturbed.api import default_store
+    from perturbed.core.store import Store
+
+    entries = Store(default_store()).entries()
+    if as_json:
+        return show_json([{"key": e.key, "bytes": e.size, "used": e.used} for e in entries])
+    size = sum(e.size for e in entries)
+    return print(f"{len(entries)} checkpoints, {size / 2**20:.1f} MiB in {default_store()}")
+
+
+@cache.command("prune")
+def cache_prune(
+    keep: Annotated[float, typer.Option("--keep", min=0, help="MiB to keep, the last used first.")] = 0.0,
+) -> None:
+    """Remove checkpoints; a later run computes them again."""
+    from perturbed.api import default_store
+    from perturbed.core.store import Store
+
+    gone = Store(default_store()).prune(int(keep * 2**20))
+    print(f"removed {len(gone)} checkpoints, {sum(e.size for e in gone) / 2**20:.1f} MiB")
+
+
+@ledger.command("verify")
+def ledger_verify(
+    rerun: Annotated[str | None, typer.Option("--rerun", help="Run this study again ('rotate': today's).")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Run every study's smoke again and compare.")] = False,
+) -> None:
+    """Check every ledger: hashes, statistics recomputed from raw scores; on demand also by running again."""
+    from perturbed.evidence import ledger as ledgers
+
+    for folder in (ledgers.package_folder(), ledgers.user_folder()):
+        found = ledgers.verify(folder)
+        if found.problems:
+            fail("; ".join(found.problems))
+        print(f"{folder}: {found.records} records, hashes and statistics hold")
+    if smoke or rerun:
+        from perturbed.evidence import again
+
+        print(again.smoke_all() if smoke else again.rerun(rerun or ""))
+
+
+def console() -> Any:
+    """A rich console on standard output."""
+    from rich.console import Console
+
+    return Console()
+
+
+def new_table(*columns: str) -> Table:
+    """A plain table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+COLOURS = {"supported": "green", "contradicted": "red", "invalid": "red", "diverged": "red", "null": "cyan"}
+
+
+def colour(verdict: str | None) -> str:
+    """A verdict with its colour; a dash where there is none."""
+    return f"[{COLOURS.get(verdict, 'yellow')}]{verdict}[/]" if verdict else "–"
+
+
+def print_record(record: Record) -> None:
+    """A record's verdict table."""
+    out = console()
+    unit = f" [{record['unit']}]" if record["unit"] else ""
+    table = new_table("arm", f"{record['metric']}{unit}", "effect", "95 % interval", "p", "verdict")
+    for arm in record["scores"]:
+        finite = [v for v in record["scores"][arm].values() if v is not None]
+        mean = f"{sum(finite) / len(finite):.4g}" if finite else "–"
+        entry = record["arms"].get(arm)
+        if entry is None:
+            table.add_row(arm, mean, "", "", "", "")
+            continue
+        against = "" if entry["reference"] == "control" else f" (against {entry['reference']})"
+        interval = "–" if entry["interval"] is None else f"[{entry['interval'][0]:+.4g}, {entry['interval'][1]:+.4g}]"
+        effect = "–" if entry["effect"] is None else f"{entry['effect']:+.4g}"
+        p = "–" if entry["p"] is None else f"{entry['p']:.3g}"
+        label = f"[bold]{arm}[/]{against}" if arm == record["primary"] else f"{arm}{against}"
+        table.add_row(label, mean, effect, interval.replace("[", r"\["), p, colour(entry["verdict"]))
+    out.print(table)
+    for pair, found in record.get("interaction", {}).items():
+        if found["effect"] is not None:
+            low, high = found["interval"]
+            out.print(
+                f"{pair}: together {found['effect']:+.4g} beyond the sum \\[{low:+.4g}, {high:+.4g}]", highlight=False
+            )
+    for name, gate in record["gates"].items():
+        if gate["pass"] is False:
+            out.print(f"[red]gate {name} failed[/]: {gate['detail']}", highlight=False)
+    if record["claim"]["text"]:
+        out.print(f"claim      {record['claim']['text']}", highlight=False)
+        out.print(f"paper      {record['claim']['paper']}", highlight=False) if record["claim"]["paper"] else None
+    entry = record["arms"][record["primary"]]
+    notes = [f"{len(record['seeds'])} paired seeds"]
+    notes += [f"detectable {entry['detectable']:.3g}"] if entry["detectable"] is not None else []
+    notes += [f"smallest effect of interest {record['epsilon']:g}"] if record["epsilon"] is not None else []
+    notes += ["smaller than that: trivial"] if record["trivial"] else []
+    notes += ["the sham does as much: not specific"] if record["specific"] is False else []
+    out.print(f"here       {colour(record['verdict'])} at this scale ({'; '.join(notes)})", highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors are one line on standard error."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(_guarded(arguments, debug))
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _guarded(arguments: list[str], debug: bool) -> int:
+    from typer.exceptions import TyperException
+
+    try:
+        return int(typer.main.get_command(app).main(arguments, prog_name="perturbed", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted; the same command goes on from the last checkpoint", Interrupted.code)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the reader has gone; nothing may be flushed to it)
+        return 0
+    except TyperException as e:
+        return _say(f"{getattr(e, 'format_message', e.__str__)()} (perturbed --help)", 2)
+    except PerturbedError as e:
+        if debug:
+            raise
+        return _say(str(e), e.code)
+    except Exception as e:
+        if debug:
+            raise
+        return _say(f"{type(e).__name__}: {e} (a defect of perturbed or of your plan; --debug shows where)", 2)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"perturbed: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

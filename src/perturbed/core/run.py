@@ -1,0 +1,495 @@
+"""Carrying out one plan with one seed: stages, checkpoints, resume, measures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from perturbed.core.context import Ctx, FeatureHooks, Past, ScopedLoss
+from perturbed.core.keys import Unkeyed, describe, digest, machine, source_hash, tensors_hash, versions
+from perturbed.core.meter import Cost, Meter
+from perturbed.core.plan import Batch, Measure, Plan, Stage
+from perturbed.core.store import Store, Tree, to_device
+from perturbed.core.streams import Streams
+from perturbed.errors import Interrupted
+
+CURVE_POINTS = 200
+_RESULT = "/result"
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: ``step`` of ``steps`` of ``stage``; ``of_steps`` counts the whole plan."""
+
+    stage: str
+    step: int
+    done: int
+    of_steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a measure reads: the trained model, its prediction with the plan's features held, and what went before."""
+
+    model: Module
+    predict: Callable[[Batch], Tensor]
+    past: Mapping[str, Module]
+    artifacts: dict[str, Any]
+    ctx: Ctx
+
+
+@dataclass
+class Result:
+    """What came out of one run.
+
+    Attributes:
+        scores: named numbers; None where not finite, empty if the run diverged.
+        curves: per metric (step counted over the plan, value); ``loss`` is the training loss.
+        cost: of every stage the run used, whoever trained it.
+        weights: hash of the final weights.
+        diverged: stage and step at which the loss stopped being finite, or None.
+    """
+
+    scores: dict[str, float | None]
+    curves: dict[str, Curve]
+    cost: Cost
+    weights: str
+    diverged: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Result:
+        """The inverse of ``to_json``."""
+        return cls(**{**data, "cost": Cost(**data["cost"])})
+
+
+class Diverged(Exception):
+    """The training loss stopped being finite."""
+
+
+@functools.cache
+def accelerator() -> Any:
+    """Accelerate's handle on device, precision and processes, as ``accelerate launch`` or the machine sets them."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    # micro-batches are split and weighted here, so accelerate must not divide the loss again
+    return Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+
+
+def release() -> None:
+    """Let accelerate drop its models and optimisers (``free_memory`` also collects garbage, 0.1 s that only GPUs need)."""
+    handle = accelerator()
+    if handle.device.type != "cpu":
+        handle.free_memory()
+    handle._models.clear()
+    handle._optimizers.clear()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` holds in any process, so that all of them take the same turn."""
+    handle = accelerator()
+    if handle.num_processes == 1:
+        return flag
+    return bool(handle.reduce(torch.tensor(float(flag), device=handle.device)) > 0)
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Torch at ``number`` threads inside: the same number everywhere gives the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Stopping:
+    """Ctrl-C and SIGTERM wait for the end of the step, so that a whole checkpoint is left; a second one does not."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@dataclass
+class Engine:
+    """One plan with one seed on one store.
+
+    Args:
+        plan: the run.
+        seed: training seed.
+        store: checkpoints; equal stages of other plans and earlier processes are found there.
+        checkpoint_s: seconds of training that a kill can cost at most.
+        report: called a few times a second with the progress.
+        keys: content keys worked out elsewhere (``all_keys``), where the slots' sources could be read.
+    """
+
+    plan: Plan
+    seed: int
+    store: Store
+    checkpoint_s: float = 20.0
+    report: Callable[[Progress], None] | None = None
+    keys: dict[str, str] = field(default_factory=dict)
+    _memory: Store = field(default_factory=lambda: Store(None))
+    _stopping: Stopping = field(default_factory=Stopping)
+
+    def run(self) -> Result:
+        """Train what is missing, measure, and give the scores (kept too, so a second call costs nothing).
+
+        Raises:
+            Interrupted: stopped by Ctrl-C; a checkpoint was written.
+            StoreError: the store cannot be read or written.
+        """
+        kept = self.kept()
+        if kept is not None:
+            return kept
+        with self._stopping:
+            result = self._run()
+        self._put(self.all_keys()[_RESULT], result.to_json())
+        return result
+
+    def kept(self) -> Result | None:
+        """The result of an earlier run of the same content, or None."""
+        tree = self._get(self.all_keys()[_RESULT])
+        return None if tree is None else Result.from_json(tree)
+
+    def _run(self) -> Result:
+        cost, curves, scores, done = Cost(), dict[str, Curve](), dict[str, float | None](), 0
+        try:
+            for stage in self.plan.stages:
+                tree = self.snapshot(stage.name)
+                cost += Cost(**tree["cost"])
+                for name, curve in tree["curves"].items():
+                    curves.setdefault(name, []).extend((done + step, value) for step, value in curve)
+                done += stage.steps
+                for name, value in self._measure(stage.name, "stage").items():
+                    scores[f"{name}@{stage.name}"] = value
+                    curves.setdefault(name, []).append((done, math.nan if value is None else value))
+        except Diverged as e:
+            return Result({}, curves, cost, "", diverged=str(e))
+        scores |= self._measure(self.plan.stages[-1].name, "end")
+        return Result(scores, curves, cost, tensors_hash(tree["model"]))
+
+    def model_at(self, ref: str) -> Module:
+        """A fresh copy of the model at a snapshot: ``init``, ``stage`` or ``stage@step``."""
+        if ref == "init":
+            ctx = self._ctx(None)
+            with threads(self.plan.threads), ctx.streams.scope("build", shared=True):
+                return self.plan.build(ctx)
+        tree = self.snapshot(ref)
+        with threads(self.plan.threads):
+            model, _, _ = self._begin(self.plan.stage(ref.partition("@")[0]))
+        model.load_state_dict(tree["model"])
+        return model
+
+    def snapshot(self, ref: str) -> Tree:
+        """The saved tree of ``stage`` or ``stage@step``, trained if it is not in the store.
+
+        Raises:
+            Diverged: its training did not stay finite.
+        """
+        key = self.key(ref)
+        tree = self._get(key)
+        if tree is None:
+            stage = self.plan.stage(ref.partition("@")[0])
+            with self._alone(self.key(stage.name)):
+                tree = self._get(key)
+                if tree is None:
+                    with threads(self.plan.threads):
+                        self._train(stage)
+                    tree = self._get(key)
+        assert tree is not None
+        if "diverged" in tree:
+            raise Diverged(tree["diverged"])
+        return tree
+
+    def key(self, ref: str) -> str:
+        """Content key of a snapshot: equal keys train to equal bits on one type of machine."""
+        if ref == "init":
+            return "init"
+        name, _, step = ref.partition("@")
+        stage = self.plan.stage(name)
+        if step and int(step) == stage.steps:
+            step = ""
+        if name not in self.keys:
+            self.keys[name] = self._stage_key(stage)
+        return self.keys[name] + (f"-at-{step}" if step else "")
+
+    def all_keys(self) -> dict[str, str]:
+        """The keys of every stage and of the result."""
+        if _RESULT not in self.keys:
+            stages = [self.key(s.name) for s in self.plan.stages]
+            content = [stages, self.plan.predict, self.plan.features, self.plan.measures]
+            self.keys[_RESULT] = self._digest(content, stages)
+        return self.keys
+
+    def interrupt(self) -> None:
+        """Ask the run to checkpoint and end after the step in hand."""
+        self._stopping.asked = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._stopping.asked
+
+    def stop(self, where: str) -> NoReturn:
+        """End the run early; what was done is kept."""
+        raise Interrupted(f"stopped {where}; the same command goes on from there")
+
+    def _stage_key(self, stage: Stage) -> str:
+        parents = [self.key(ref) for ref in (self.plan.previous(stage), *stage.reads)]
+        during = [m for m in self.plan.measures if isinstance(m.when, int)]
+        watched = [during, self.plan.predict, self.plan.features] if during else []
+        return self._digest([parents, self.plan.build, self.plan.facts, stage, watched], parents)
+
+    def _digest(self, content: list[Any], parents: list[str]) -> str:
+        if any(p.startswith("unkeyed") for p in parents):
+            return f"unkeyed-{uuid.uuid4().hex}"
+        try:
+            what = describe(content)
+        except Unkeyed as e:
+            _say_once(f"perturbed: note: no checkpoint is shared or resumed where {e}")
+            return f"unkeyed-{uuid.uuid4().hex}"
+        handle = accelerator()
+        setting = [str(handle.device), handle.mixed_precision, handle.num_processes, _accumulate(), self.plan.threads]
+        where = [self.seed, setting, versions(), machine(), source_hash(__name__)]
+        return digest([what, where])
+
+    def _get(self, key: str) -> Tree | None:
+        return self._memory.get(key) if key.startswith("unkeyed") else self.store.get(key)
+
+    def _put(self, key: str, tree: Tree) -> None:
+        if key.startswith("unkeyed"):
+            self._memory.put(key, tree)
+        elif accelerator().is_main_process or self.store.root is None:
+            self.store.put(key, tree)
+        accelerator().wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        main = accelerator().is_main_process and not key.startswith("unkeyed")
+        with self.store.lock(key) if main else contextlib.nullcontext():
+            accelerator().wait_for_everyone()
+            yield
+
+    def _ctx(self, stage: Stage | None, steps: int = 0) -> Ctx:
+        handle = accelerator()
+        streams = Streams(self.seed, handle.process_index, handle.device)
+        streams.tick(stage.name if stage else "", 0)
+        facts = (stage.facts if stage else None) or self.plan.facts
+        return Ctx(streams, handle, facts, stage.name if stage else "", steps, _accumulate())
+
+    def _begin(self, stage: Stage) -> tuple[Module, Ctx, Tree | None]:
+        """The model as the stage finds it, with its weights slot applied."""
+        ref, ctx, parent = self.plan.previous(stage), self._ctx(stage, stage.steps), None
+        if ref != "init":
+            parent = self.snapshot(ref)
+            ctx.restore(parent)
+        if stage.build is not None:
+            with ctx.streams.scope("build", shared=True):
+                model = stage.build(ctx)
+        else:
+            model = self.model_at(ref)
+        ctx.past = Past(stage.reads, self._past, f"stage {stage.name!r}")
+        ctx.model = model
+        with ctx.streams.scope("weights", shared=True):
+            model = stage.weights(model, ctx)
+        ctx.model = model
+        return model, ctx, parent
+
+    def _past(self, ref: str) -> Module:
+        return self.model_at(ref).to(accelerator().device)
+
+    def _train(self, stage: Stage) -> None:
+        model, ctx, parent = self._begin(stage)
+        trainer = _Training(self, stage, model, ctx, parent)
+        try:
+            trainer.train()
+        except Diverged as e:
+            self._put(self.key(stage.name), {"diverged": str(e)})
+            for step in stage.snapshots:
+                if self._get(self.key(f"{stage.name}@{step}")) is None:
+                    self._put(self.key(f"{stage.name}@{step}"), {"diverged": str(e)})
+        finally:
+            release()
+        self._drop(f"{self.key(stage.name)}-partial")
+
+    def _drop(self, key: str) -> None:
+        (self._memory if key.startswith("unkeyed") else self.store).drop(key)
+
+    def _measure(self, ref: str, when: str) -> dict[str, float | None]:
+        measures = [m for m in self.plan.measures if m.when == when]
+        if not measures:
+            return {}
+        tree, model = self.snapshot(ref), self.model_at(ref)
+        ctx = self._ctx(None)
+        ctx.restore(tree)
+        stages = tuple(s.name for s in self.plan.stages)
+        steps = tuple(f"{s.name}@{k}" for s in self.plan.stages for k in s.snapshots)
+        ctx.past = Past(("init", *stages, *steps), self._past, "a measure")
+        try:
+            with threads(self.plan.threads):
+                return self.evaluate(accelerator().prepare_model(model, evaluation_mode=True), ctx, measures)
+        finally:
+            release()
+
+    def evaluate(self, model: Module, ctx: Ctx, measures: list[Measure]) -> dict[str, float | None]:
+        """Scores of ``measures`` on a model in eval mode; None where a number is not finite."""
+        scores: dict[str, float | None] = {}
+        ctx.model = model.eval()
+        with FeatureHooks(accelerator().unwrap_model(model), self.plan.features, ctx):
+            for measure in measures:
+
+                def predict(batch: Batch) -> Tensor:
+                    ctx.batch = to_device(batch, ctx.device)
+                    return self.plan.predict(model, ctx.batch, ctx)
+
+                if self.stopping and not ctx.stage:  # within a stage its loop stops, and leaves a checkpoint
+                    self.stop(f"before measure {measure.name!r}")
+                with ctx.streams.scope(f"measure {measure.name}", shared=True):
+                    found = measure.fn(Run(model, predict, ctx.past, ctx.artifacts, ctx))
+                scores |= {k: float(v) if math.isfinite(v) else None for k, v in found.items()}
+        return scores
+
+
+class _Training:
+    """The loop of one stage."""
+
+    def __init__(self, engine: Engine, stage: Stage, model: Module, ctx: Ctx, parent: Tree | None):
+        self.engine, self.stage, self.ctx, self.bare = engine, stage, ctx, model
+        self.partial = f"{engine.key(stage.name)}-partial"
+        self.meter, self.loss = Meter(), ScopedLoss(stage.loss)
+        self.curves: dict[str, Curve] = {"loss": []}
+        self.model = accelerator().prepare_model(model.to(ctx.device))
+        ctx.model, ctx.loss = self.model, self.loss
+        ctx.optim = parent["optim"] if parent else None
+        self.optim = stage.optim(self.model, ctx)
+        self.optim.prepare(accelerator())
+        ctx.optim = self.optim
+        self.stream = stage.data(ctx)
+        self.first = self._resume()
+
+    def train(self) -> None:
+        stage, engine = self.stage, self.engine
+        saved = reported = time.monotonic()
+        before = sum(s.steps for s in engine.plan.stages[: engine.plan.stages.index(stage)])
+        total = sum(s.steps for s in engine.plan.stages)
+        self.model.train()
+        with FeatureHooks(self.bare, stage.features, self.ctx) as hooks:
+            for step in range(self.first, stage.steps):
+                if step in stage.snapshots:
+                    self._save(f"{stage.name}@{step}")
+                if any_rank(engine.stopping):
+                    self.checkpoint(step)
+                    engine.stop(f"in stage {stage.name!r} at step {step}")
+                self._step(step)
+                self._watch(step + 1, hooks)
+                now = time.monotonic()
+                if engine.report and now - reported > 0.2:
+                    reported = now
+                    engine.report(Progress(stage.name, step + 1, before + step + 1, total))
+                if any_rank(now - saved > engine.checkpoint_s):
+                    self.checkpoint(step + 1)
+                    saved = time.monotonic()
+        self._save(stage.name)
+
+    def _step(self, step: int) -> None:
+        stage, ctx = self.stage, self.ctx
+        ctx.step = step
+        ctx.streams.tick(stage.name, step)
+        self.optim.at(step, stage.steps)
+        with ctx.streams.scope("data"):
+            batch = to_device(next(self.stream), ctx.device)
+        ctx.batch = batch
+        with self.meter.step(batch):
+            with ctx.streams.scope("inputs"):
+                batch = stage.inputs(batch, ctx)
+            ctx.batch = batch
+            with ctx.streams.scope("update"):
+                value = float(stage.update(self.model, batch, self.loss, self.optim, ctx))
+        if any_rank(not math.isfinite(value)):
+            raise Diverged(f"the loss was {value} in stage {stage.name!r} at step {step}")
+        if step % max(1, stage.steps // CURVE_POINTS) == 0 or step == stage.steps - 1:
+            self.curves["loss"].append((step, value))
+
+    def _watch(self, step: int, hooks: FeatureHooks) -> None:
+        due = [m for m in self.engine.plan.measures if isinstance(m.when, int) and step % m.when == 0]
+        if due:
+            with hooks.paused():
+                for name, value in self.engine.evaluate(self.model, self.ctx, due).items():
+                    self.curves.setdefault(name, []).append((step, math.nan if value is None else value))
+            self.ctx.model = self.model.train()
+
+    def _tree(self) -> Tree:
+        self.meter.cost.grad_passes = self.ctx.grad_passes
+        return {
+            "model": dict(accelerator().get_state_dict(self.model)),
+            "optim": self.optim.state_dict(),
+            **self.ctx.saved(),
+            "curves": self.curves,
+            "cost": dataclasses.asdict(self.meter.read(self.bare)),
+        }
+
+    def _save(self, ref: str) -> None:
+        self.engine._put(self.engine.key(ref), self._tree())
+
+    def checkpoint(self, step: int) -> None:
+        """Write what is needed to go on from ``step``."""
+        extra = {"step": step, "stream": self.stream.state_dict(), "meter": self.meter.state_dict(self.bare)}
+        self.engine._put(self.partial, {**self._tree(), **extra})
+
+    def _resume(self) -> int:
+        tree = self.engine._get(self.partial)
+        if tree is None:
+            return 0
+        self.bare.load_state_dict(tree["model"])
+        self.optim.load_state_dict(tree["optim"])
+        self.ctx.restore(tree)
+        self.stream.load_state_dict(tree["stream"])
+        self.meter.load_state_dict(tree["meter"])
+        self.ctx.grad_passes, self.curves = tree["cost"]["grad_passes"], tree["curves"]
+        return int(tree["step"])
+
+
+def _accumulate() -> int:
+    return int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What a model is trained on: corpora, packing into windows, insertions."""

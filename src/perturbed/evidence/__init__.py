@@ -1,0 +1,1 @@
+"""Claims fixed beforehand, paired statistics, verdicts, the ledger, figures and reports."""

@@ -1,0 +1,1 @@
+"""One file per paper: card, study and the composition."""

@@ -1,0 +1,1 @@
+"""Optimisers, schedules, and how one step is taken."""

@@ -1,0 +1,1 @@
+"""Built-in control plans: real data, small models of real classes, losses and measures."""
