@@ -204,6 +204,8 @@ def methods_as_arms(slugs: Sequence[str]) -> dict[str, Arm]:
     """
     arms: dict[str, Arm] = {}
     for slug in slugs:
+        if slugs.count(slug) > 1:
+            raise PlanError(f"{slug} is named twice: name each method once")
         method: Method = load(slug)
         study: Study = method.study
         if method.card.kind != "intervention" or study.primary is None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from perturbed.core.context import FeatureHooks
 from perturbed.core.plan import Plan, Stage
 from perturbed.core.registry import Method, cards, load
-from perturbed.core.run import Engine, threads
+from perturbed.core.run import Engine
 from perturbed.core.store import Store
 
 STEPS = 5
@@ -81,13 +80,8 @@ def outcome(plan: Plan, seed: int = 3, store: Store | None = None, checkpoint_s:
     result = engine.run()
     assert result.diverged is None, result.diverged
     last = plan.stages[-1]
-    model, tree = engine.model_at(last.name).eval(), engine.snapshot(last.name)
-    ctx = engine._ctx(last, last.steps)
-    ctx.restore(tree)
-    ctx.model, ctx.step = model, last.steps
-    ctx.streams.tick(last.name, last.steps)
-    batch = next(last.data(ctx))
-    ctx.batch = batch
-    with threads(plan.threads), torch.no_grad(), FeatureHooks(model, plan.features, ctx):
-        prediction = plan.predict(model, batch, ctx)
-    return Outcome(result.curves["loss"], dict(tree["model"]), prediction)
+    with engine.finished(last.name) as run, torch.no_grad():
+        trained = next(s for s in reversed(plan.stages) if s.steps)
+        run.ctx.stage, run.ctx.steps = trained.name, trained.steps
+        prediction = run.predict(next(trained.data(run.ctx)))
+    return Outcome(result.curves["loss"], dict(engine.snapshot(last.name)["model"]), prediction)

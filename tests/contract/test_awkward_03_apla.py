@@ -141,7 +141,9 @@ class FoolCritic:
         value = self.inner(seen, batch, ctx)
         critic = critic_of(ctx).module
         frozen = {name: p.detach() for name, p in critic.named_parameters()}  # no gradient to the critic here
-        return value + self.weight * softplus(-functional_call(critic, frozen, with_time(seen.output, batch["t"]))).mean()
+        return (
+            value + self.weight * softplus(-functional_call(critic, frozen, with_time(seen.output, batch["t"]))).mean()
+        )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def observe(world):
 
 
 def act(world, action):
-    """The next world, reward, whether the return ends (success), whether the instruction switches (also at the limit)."""
+    """The next world, the reward and whether the return ends (success); the limit only switches the instruction."""
     pos = (world["pos"] + 0.3 * action).clamp(-1, 1)
     success = bool(pos[0] > 0.6) if world["forward"] else bool(pos[0] < -0.6)
     switch = success or world["age"] + 1 == LIMIT
@@ -88,7 +88,7 @@ def online_rows(ctx):
 
 
 class Agent(nn.Module):
-    """Encoder, Gaussian-tanh actor on detached features, twin critics, and a slow copy for the targets."""
+    """Encoder, Gaussian-tanh actor, twin critics, and a slow copy for the targets."""
 
     def __init__(self):
         super().__init__()
@@ -96,14 +96,13 @@ class Agent(nn.Module):
         self.critics = nn.ModuleList(nn.Sequential(nn.Linear(18, 16), nn.ReLU(), nn.Linear(16, 1)) for _ in range(2))
         self.target = copy.deepcopy(nn.ModuleList([self.encoder, *self.critics])).requires_grad_(False)
 
-    def q(self, obs, action, slow=False, detach=False):
+    def q(self, obs, action, slow=False):
         encoder, *critics = self.target if slow else (self.encoder, *self.critics)
-        h = relu(encoder(obs))
-        joint = torch.cat([h.detach() if detach else h, action], -1)
+        joint = torch.cat([relu(encoder(obs)), action], -1)
         return torch.stack([critic(joint)[..., 0] for critic in critics])
 
     def sample(self, obs, generator):
-        mean, log_std = self.actor(relu(self.encoder(obs)).detach()).chunk(2, -1)
+        mean, log_std = self.actor(relu(self.encoder(obs))).chunk(2, -1)
         z = torch.randn(mean.shape, generator=generator)
         action = torch.tanh(mean + log_std.clamp(-3, 1).exp() * z)
         density = -z.square() / 2 - log_std.clamp(-3, 1) - math.log(2 * math.pi) / 2 - (1 - action**2 + 1e-6).log()
@@ -146,8 +145,8 @@ class ActorCritic:
 
     def actor_step(self, model, batch, optim, ctx):
         action, density = model.sample(batch["obs"], ctx.rng("actor"))
-        value = (self.alpha * density - model.q(batch["obs"], action, detach=True).min(0).values).mean()
-        actor = list(model.actor.parameters())
+        value = (self.alpha * density - model.q(batch["obs"], action).min(0).values).mean()
+        actor = list(model.actor.parameters())  # alone: neither the encoder nor the critics follow the actor
         for p, g in zip(actor, torch.autograd.grad(value, actor), strict=True):
             p.grad = g
         optim.step()
@@ -271,4 +270,4 @@ class Watched(ActorCritic):
 def test_the_encoder_learns_from_the_critics_alone(arm):
     MOVED.clear()
     ran(treated(PLAN, *arm).edit("*", lambda s: dataclasses.replace(s, update=Watched())))
-    assert MOVED == {"critic": {"encoder", "critics"}, "actor": {"actor"}}
+    assert {"critic": {"encoder", "critics"}, "actor": {"actor"}} == MOVED

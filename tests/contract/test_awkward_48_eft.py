@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from awkward import Drawn, Sgd, caught, end, ran, repeats_and_resumes, same, treated
+from awkward import Drawn, Sgd, caught, ran, repeats_and_resumes, treated
 from torch import nn
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 
-from perturbed.core.plan import Facts, Measure, Plan, Stage
+from perturbed.core.plan import Facts, Plan, Stage
 from perturbed.errors import PlanError
 
 VOCABULARY = 12
@@ -51,7 +51,7 @@ def next_token_loss(model, batch, ctx):
 
 
 def predict(model, batch, ctx):
-    return log_softmax(model(batch["input_ids"]), -1)
+    return model(batch["input_ids"])
 
 
 def train(name, stride, **fields):
@@ -63,7 +63,7 @@ PLAN = Plan(
     stages=(train("small", 1), train("tuned", 2), train("large", 1, build=Build(16))),
     predict=predict,
     measures=(),
-    facts=Facts(modality="language", target="next-token", output="log-probabilities", input="input_ids"),
+    facts=Facts(modality="language", target="next-token", input="input_ids"),
 )
 ALIKE = PLAN.edit("large", lambda s: dataclasses.replace(s, build=None, start="small", steps=0))  # N = M
 
@@ -77,12 +77,10 @@ class Emulated:
     top_p: float
 
     def __call__(self, model, batch, ctx):
-        large = self.inner(model, batch, ctx)
-        tuned, base = (self.inner(ctx.past[ref], batch, ctx) for ref in (self.tuned, self.base))
-        p, order = large.exp().sort(-1)  # rising: what is above 1 - top_p stays, all of it at top_p = 1
-        kept = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) > 1 - self.top_p)
-        mixed = large + self.scale * (tuned - base)
-        return (mixed - mixed.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True) * self.on).masked_fill(~kept, -torch.inf)
+        large, tuned, base = (self.inner(m, batch, ctx) for m in (model, ctx.past[self.tuned], ctx.past[self.base]))
+        rising, order = large.softmax(-1).sort(-1)  # what is above 1 - top_p stays: all of it at top_p = 1
+        kept = torch.zeros_like(large, dtype=torch.bool).scatter(-1, order, rising.cumsum(-1) > 1 - self.top_p)
+        return (large + self.scale * (tuned - base)).masked_fill(~kept, -torch.inf)  # masked after combining
 
 
 @dataclass(frozen=True)
@@ -97,3 +95,54 @@ class EmulatedTuning:
         for name in (self.tuned, self.base):
             plan.stage(name)  # a misspelt stage is told before anything is trained
         return plan.replace(predict=Emulated(plan.predict, self.tuned, self.base, self.scale, self.top_p))
+
+
+def logits(run):
+    return run.predict(Counting(1)(run.ctx))
+
+
+@dataclass(frozen=True)
+class PastLogits:
+    ref: str
+
+    def __call__(self, run):
+        return run.past[self.ref](Counting(1)(run.ctx)["input_ids"])
+
+
+def sizes(run):
+    return [sum(p.numel() for p in m.parameters()) for m in (run.model, run.past["tuned"], run.past["small"])]
+
+
+def test_scale_0_is_the_large_base_bit_for_bit_and_scale_1_is_not():
+    control, off, on = (caught(p, logits)[0] for p in (PLAN, *(treated(PLAN, EmulatedTuning(scale=s)) for s in (0, 1))))
+    assert torch.equal(off, control)
+    assert not torch.equal(on, control)
+    large, tuned, small = caught(PLAN, sizes)[0]
+    assert large > tuned == small
+
+
+def test_with_both_of_one_size_it_is_the_tuned_model():
+    emulated = caught(treated(ALIKE, EmulatedTuning()), logits)[0]
+    tuned, base = (caught(ALIKE, PastLogits(ref))[0] for ref in ("tuned", "small"))
+    torch.testing.assert_close(emulated.softmax(-1), tuned.softmax(-1), rtol=0, atol=1e-6)
+    assert (tuned.softmax(-1) - base.softmax(-1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9])
+def test_the_nucleus_is_that_of_the_large_base(top_p):
+    base = caught(PLAN, logits)[0].softmax(-1)
+    mixed = caught(treated(PLAN, EmulatedTuning(scale=0.0, top_p=top_p)), logits)[0]
+    for p, kept in zip(base.flatten(0, 1), mixed.isfinite().flatten(0, 1), strict=True):
+        best_first = p.sort(descending=True).values
+        smallest = next(k for k in range(1, VOCABULARY + 1) if best_first[:k].sum() >= top_p)
+        assert kept.sum() == smallest
+        assert p[kept].min() >= p[~kept].max()
+
+
+def test_only_prediction_changes_and_the_arms_share_every_stage(tmp_path):
+    plan = treated(PLAN, EmulatedTuning())
+    assert ran(plan).run().weights == ran(PLAN).run().weights
+    assert [ran(plan).key(s.name) for s in plan.stages] == [ran(PLAN).key(s.name) for s in PLAN.stages]
+    repeats_and_resumes(plan, tmp_path, "large", at=2)
+    with pytest.raises(PlanError, match="did you mean 'tuned'"):
+        treated(PLAN, EmulatedTuning(tuned="tunde"))

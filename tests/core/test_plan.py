@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-import toy
 import torch
+import toy
 
 from perturbed.core.plan import Facts, Feature, Measure, Stage, apply, changed_sites
 from perturbed.core.run import Engine
@@ -146,10 +146,19 @@ def test_what_is_no_plan_is_refused():
         (lambda p: p.insert(STAGE, before="tune", after="tune"), "exactly one of before= and after="),
         (lambda p: p.replace(stages=()), "has no stage"),
         (lambda p: p.replace(stages=(*p.stages, p.stages[0])), "two stages called 'pretrain'"),
-        (lambda p: p.insert(dataclasses.replace(STAGE, start="tune"), before="tune"), "'tune', which is no earlier stage"),
+        (
+            lambda p: p.insert(dataclasses.replace(STAGE, start="tune"), before="tune"),
+            "'tune', which is no earlier stage",
+        ),
         (lambda p: p.insert(dataclasses.replace(STAGE, reads=("pretain",)), after="tune"), "did you mean 'pretrain'?"),
-        (lambda p: p.insert(dataclasses.replace(STAGE, start="pretrain@2"), after="tune"), "add that step to snapshots"),
-        (lambda p: p.insert(dataclasses.replace(STAGE, start="pretrain@x"), after="tune"), "add that step to snapshots"),
+        (
+            lambda p: p.insert(dataclasses.replace(STAGE, start="pretrain@2"), after="tune"),
+            "add that step to snapshots",
+        ),
+        (
+            lambda p: p.insert(dataclasses.replace(STAGE, start="pretrain@x"), after="tune"),
+            "add that step to snapshots",
+        ),
         (lambda p: dataclasses.replace(STAGE, name="a b"), "without spaces"),
         (lambda p: dataclasses.replace(STAGE, name="a@3"), "without spaces and any of @"),
         (lambda p: dataclasses.replace(STAGE, steps=-1), "steps=-1 must not be negative"),

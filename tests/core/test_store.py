@@ -9,8 +9,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import toy
 import torch
+import toy
 
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
@@ -24,7 +24,7 @@ TREE = {
     "empty": torch.empty(0, 4),
     "tied": [TIED, TIED, TIED[2:]],
     "strided": torch.arange(12.0).reshape(3, 4).T,
-    "whole": {0: {"step": torch.tensor(1.0)}, 1: {}, None: None, True: False, "0": torch.tensor(7)},
+    "whole": {0: {"step": torch.tensor(1.0)}, 1: {}, None: None, "0": torch.tensor(7)},
     "slash": {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "a#1": torch.tensor(3)},
     "plain": [1, 2.5, "é\n", None, True, math.inf, [], {}, (), (1, (2,))],
     "grown": torch.ones(2, requires_grad=True) * 2,
@@ -149,7 +149,9 @@ def test_one_damaged_stage_is_trained_again_from_the_one_before(tmp_path, monkey
     flip_a_weight(engine.store.path(engine.key("tune")))
     flip_a_weight(engine.store.path(engine.all_keys()["/result"]))
     trained = []
-    monkeypatch.setattr(Engine, "_train", lambda self, stage, real=Engine._train: trained.append(stage.name) or real(self, stage))
+    monkeypatch.setattr(
+        Engine, "_train", lambda self, stage, real=Engine._train: trained.append(stage.name) or real(self, stage)
+    )
     assert Engine(toy.plan(), 0, Store(tmp_path)).run().weights == clean.weights
     assert trained == ["tune"]
 

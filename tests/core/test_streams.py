@@ -6,8 +6,8 @@ import random
 
 import numpy
 import pytest
-import toy
 import torch
+import toy
 
 from perturbed.core.plan import Feature, Stage, apply
 from perturbed.core.run import Engine
@@ -72,7 +72,9 @@ def test_a_second_call_of_a_name_within_a_step_goes_on():
 
 def test_every_says_when_the_same_draws_come_again():
     def drawn(every, seed=0):
-        return {(stage, step): tuple(draws(at(step, seed, stage), "a", every).tolist()) for stage in "st" for step in (0, 1)}
+        return {
+            (stage, step): tuple(draws(at(step, seed, stage), "a", every).tolist()) for stage in "st" for step in (0, 1)
+        }
 
     step, stage, run_ = drawn("step"), drawn("stage"), drawn("run")
     assert len(set(step.values())) == 4
@@ -215,7 +217,10 @@ def test_two_arms_of_a_seed_share_initialisation_data_order_and_dropout():
 def test_a_renamed_stage_draws_anew_but_begins_from_the_same_initialisation():
     one = toy.one_stage()
     two = one.replace(stages=(dataclasses.replace(one.stages[0], name="other"),))
-    assert equal(Engine(one, 0, Store(None)).model_at("init").state_dict(), Engine(two, 0, Store(None)).model_at("init").state_dict())
+    assert equal(
+        Engine(one, 0, Store(None)).model_at("init").state_dict(),
+        Engine(two, 0, Store(None)).model_at("init").state_dict(),
+    )
     assert not equal(weights(one, "train"), weights(two, "other"))
 
 

@@ -342,7 +342,7 @@ class Slow:
 
 
 def rich(seconds: float = 0.0, steps: int = 20) -> Plan:
-    """Snapshots, state, artifacts, an auxiliary network, a stateful stream, feature noise and a reading second stage."""
+    """Snapshots, state, artifacts, an auxiliary network, a stateful stream and feature noise."""
     first = Stage(
         name="first", steps=steps, data=Slow(Epochs(), seconds), loss=loss, optim=adam, inputs=push,
         features=(Feature("norm", feature_noise),), snapshots=(3, 11),

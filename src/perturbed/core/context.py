@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from perturbed.core.optimiser import Optim, plain
-from perturbed.core.plan import Batch, Facts, Feature, LossFn
+from perturbed.core.plan import Batch, Facts, Feature, LossFn, no_loss
 from perturbed.core.streams import Every, Streams
 from perturbed.errors import PlanError, nearest
 
@@ -26,8 +26,9 @@ class Net:
         self.module, self.optim = module, optim
 
     def step(self, loss: Tensor, ctx: Ctx) -> None:
-        """One update of the network on ``loss``."""
-        ctx.backward(loss)
+        """One update of the network on ``loss``; no other gradient is touched."""
+        self.optim.zero_grad()
+        ctx.backward(loss, inputs=list(self.module.parameters()))
         self.optim.at(ctx.step, ctx.steps)
         self.optim.step()
         self.optim.zero_grad()
@@ -93,7 +94,7 @@ class Ctx:
         self.batch: Batch = {}
         self.model: Module = torch.nn.Identity()
         self.optim: Any = None
-        self.loss: LossFn = _no_loss
+        self.loss: LossFn = no_loss
         self.past: Mapping[str, Module] = {}
         self.state: dict[str, Any] = {}
         self.artifacts: dict[str, Any] = {}
@@ -105,6 +106,11 @@ class Ctx:
     def device(self) -> torch.device:
         """Where the model lives."""
         return torch.device(self.accelerator.device)
+
+    @property
+    def bare(self) -> Module:
+        """The live model without the wrappers of data parallelism."""
+        return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
 
     @property
     def rank(self) -> int:
@@ -125,12 +131,20 @@ class Ctx:
         """
         return self.streams.rng(name, every)
 
-    def backward(self, value: Tensor) -> None:
-        """Back-propagate through accelerate (loss scaling)."""
+    def once(self, name: str, every: Every = "stage") -> torch.Generator:
+        """A fresh generator that the clock does not touch, for draws that carry their own counter in ``name``."""
+        return self.streams.once(name, every)
+
+    def seeded(self, name: str) -> AbstractContextManager[None]:
+        """Inside, torch's default generator is seeded for ``name``: for building modules that an intervention adds."""
+        return self.streams.scope(name, shared=True)
+
+    def backward(self, value: Tensor, inputs: list[Tensor] | None = None) -> None:
+        """Back-propagate (through accelerate, where it scales the loss), only into ``inputs`` if given."""
         if plain(self.accelerator):
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward(inputs=inputs)  # type: ignore[no-untyped-call]
         else:
-            self.accelerator.backward(value)
+            self.accelerator.backward(value, inputs=inputs)
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """The batch in ``accumulate`` parts, each with its share of the examples."""
@@ -170,10 +184,6 @@ class Ctx:
         self.state, self.artifacts, self._net_states = saved["state"], saved["artifacts"], saved["nets"]
         for name in self.nets.keys() & self._net_states:  # made by a slot at the start of the stage
             self.nets[name].load_state_dict(self._net_states[name])
-
-
-def _no_loss(model: Module, batch: Batch, ctx: Ctx) -> Tensor:
-    raise PlanError("ctx.loss is the loss of a training stage; there is none while predicting or measuring")
 
 
 class ScopedLoss:
@@ -237,4 +247,5 @@ def _on_first(output: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         changed[name] = fn(output[name])  # type: ignore[index]
         return changed
     at = next(i for i, v in enumerate(output) if isinstance(v, Tensor))
-    return type(output)((*output[:at], fn(output[at]), *output[at + 1 :]))
+    items = (*output[:at], fn(output[at]), *output[at + 1 :])
+    return output._make(items) if hasattr(output, "_make") else type(output)(items)

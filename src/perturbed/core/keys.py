@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+import sysconfig
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+
+_STDLIB = Path(sysconfig.get_path("stdlib"))
 
 
 class Unkeyed(Exception):
@@ -63,8 +66,8 @@ def _describe_object(thing: Any) -> Any:
     if isinstance(thing, types.MethodType):
         return {"method": thing.__func__.__qualname__, "of": describe(thing.__self__)}
     if isinstance(thing, types.FunctionType):
-        if "<" in thing.__qualname__ or thing.__closure__:
-            raise Unkeyed(f"{thing.__module__}.{thing.__qualname__} is a closure or lambda")
+        if thing.__closure__:
+            raise Unkeyed(f"{thing.__module__}.{thing.__qualname__} is a closure")
         return _of_class(thing)
     if isinstance(thing, types.BuiltinFunctionType | type):
         return _of_class(thing)
@@ -95,7 +98,14 @@ def tensors_hash(tensors: Mapping[str, Any]) -> str:
 
 
 def _of_class(thing: Any) -> dict[str, str]:
-    return {"name": f"{thing.__module__}.{thing.__qualname__}", "source": source_hash(thing.__module__)}
+    name = f"{thing.__module__}.{thing.__qualname__}"
+    module = sys.modules.get(thing.__module__)
+    if "<" in name:
+        raise Unkeyed(f"{name} is a closure, a lambda or a local class")
+    typed_in = module is None or (thing.__module__ == "__main__" and not hasattr(module, "__file__"))
+    if typed_in and not isinstance(thing, types.BuiltinFunctionType):
+        raise Unkeyed(f"{name} has no source file")
+    return {"name": name, "source": source_hash(thing.__module__)}
 
 
 @functools.cache
@@ -105,39 +115,47 @@ def source_hash(module: str) -> str:
     Modules of installed packages count by the version of their distribution (see ``versions``), not by source.
     """
     seen: dict[str, str] = {}
-    _collect(module, seen)
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is not None:
+        _collect(module, Path(file), seen)
     return digest(seen)
 
 
-def _collect(name: str, seen: dict[str, str]) -> None:
-    module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
-    foreign = file is not None and "site-packages" in file and name.split(".")[0] != __package__.split(".")[0]
-    if name in seen or file is None or foreign or file.startswith(sys.base_prefix) or not file.endswith(".py"):
+def _collect(name: str, file: Path, seen: dict[str, str]) -> None:
+    top = name.split(".")[0]
+    installed = {"site-packages", "dist-packages"} & set(file.parts) or _STDLIB in file.parents
+    if name in seen or file.suffix != ".py" or (installed and top != __package__.split(".")[0]):
         return
-    text = Path(file).read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
     seen[name] = hashlib.sha256(text.encode()).hexdigest()
-    for imported in _imports(ast.parse(text), module):
-        if imported.split(".")[0] == name.split(".")[0] or _beside(imported, Path(file)):
-            _collect(imported, seen)
+    for imported in _imports(ast.parse(text), name if file.name == "__init__.py" else name.rpartition(".")[0]):
+        found = _file(imported, file)
+        if found and (imported.split(".")[0] == top or file.parent in found.parents):
+            _collect(imported, found, seen)
 
 
-def _imports(tree: ast.Module, module: types.ModuleType | None) -> set[str]:
-    package = (getattr(module, "__package__", "") or "").split(".")
+def _imports(tree: ast.Module, package: str) -> set[str]:
     found: set[str] = set()
+    parts = package.split(".")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*package[: len(package) - node.level + 1]]) if node.level else ""
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             origin = ".".join(part for part in (base, node.module or "") if part)
             found |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
-    return found & set(sys.modules)
+    return found
 
 
-def _beside(imported: str, file: Path) -> bool:
-    other = getattr(sys.modules.get(imported), "__file__", None)
-    return other is not None and Path(other).parent == file.parent
+def _file(name: str, near: Path) -> Path | None:
+    """The file of a module, also of one that is only imported later, inside a function."""
+    top, module = sys.modules.get(name.split(".")[0]), sys.modules.get(name)
+    if module is not None:
+        file = getattr(module, "__file__", None)
+        return Path(file) if file else None
+    root = Path(top.__path__[0]).parent if top and hasattr(top, "__path__") else near.parent
+    path = root.joinpath(*name.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from perturbed.core.plan import Batch
 
@@ -45,18 +46,33 @@ class Cost:
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+    shapes = (grad.shape, query.shape, key.shape, value.shape)
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
-# torch counts nothing for the attention kernels that run on a CPU; the counter hands over shapes in place of tensors
-_CPU_ATTENTION = {
+# torch has no formula for the attention kernels that run on a CPU
+_FORMULAS = {
+    **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up operations by torch's formulas; its own ``FlopCounterMode`` breaks ``autograd.grad`` on an input."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._overloadpacket in _FORMULAS:
+            self.flops += _FORMULAS[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
 
 
 class Meter:
@@ -71,13 +87,13 @@ class Meter:
     @contextmanager
     def step(self, batch: Batch) -> Iterator[None]:
         """Count one training step on ``batch``: the first of each shape under torch's counter."""
-        shape = ",".join(f"{k}{list(v.shape)}" for k, v in batch.items())
+        shape = str([(k, *v.shape) for k, v in batch.items()])
         if shape in self._flops:
             yield
         else:
-            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            with _Counter() as counter:  # type: ignore[no-untyped-call]
                 yield
-            self._flops[shape] = counter.get_total_flops()
+            self._flops[shape] = counter.flops
         self.cost.flops += self._flops[shape]
         self.cost.examples += len(next(iter(batch.values())))
         if "attention_mask" in batch and batch["attention_mask"].dim() == 2:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 from torch.nn import Module
@@ -72,6 +72,21 @@ def one_step(model: Module, batch: Batch, loss: LossFn, optim: Optim, ctx: Ctx) 
     return total
 
 
+def no_data(ctx: Ctx) -> Stream:
+    """The data of a stage that is not trained."""
+    raise PlanError(f"stage {ctx.stage!r} has {ctx.steps} steps but no data")
+
+
+def no_loss(model: Module, batch: Batch, ctx: Ctx) -> Tensor:
+    """The loss of a stage that is not trained, and of none."""
+    raise PlanError(f"there is no loss in stage {ctx.stage!r}; ctx.loss is that of a training stage")
+
+
+def no_optim(model: Module, ctx: Ctx) -> Optim:
+    """The optimiser of a stage that is not trained."""
+    raise PlanError(f"stage {ctx.stage!r} has {ctx.steps} steps but no optimiser")
+
+
 @dataclass(frozen=True)
 class Feature:
     """A function on the output of every module whose dotted name matches ``where`` (first tensor of a tuple output)."""
@@ -89,16 +104,22 @@ class Measure:
         fn: reads the numbers.
         when: at the ``"end"``, after each ``"stage"``, or every so many training steps.
         better: which way the main number improves.
+        stages: glob of the stages in or after which it is taken, unless at the end.
     """
 
     name: str
     fn: Callable[[Run], dict[str, float]]
     when: Literal["end", "stage"] | int = "end"
     better: Literal["higher", "lower"] = "higher"
+    stages: str = "*"
 
     def __post_init__(self) -> None:
         if isinstance(self.when, int) and self.when < 1:
             raise PlanError(f"measure {self.name!r}: when={self.when} must be at least 1 step")
+
+    def of(self, stage: str) -> bool:
+        """Whether it is taken in or after a stage."""
+        return fnmatch.fnmatchcase(stage, self.stages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +144,7 @@ class Facts:
     tokenizer: Callable[[], Any] | None = None
     input: str | None = None
     input_range: tuple[float, float] | None = None
-    more: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def get(self, name: str) -> Any:
         """The fact called ``name``, or None."""
@@ -148,7 +169,8 @@ class Stage:
 
     Args:
         name: unique in the plan; random streams are named after it.
-        steps: optimiser updates; one batch feeds one update of one rank. 0 for a stage that only rewrites weights.
+        steps: optimiser updates; one batch feeds one update of one rank. A stage of 0 steps only rewrites weights and
+            needs no data, loss or optimiser.
         data: makes the stream of batches.
         loss: scalar loss of a model on a batch.
         optim: optimiser and schedule; ``ctx.optim`` then holds the optimiser state of the snapshot begun from.
@@ -164,10 +186,10 @@ class Stage:
     """
 
     name: str
-    steps: int
-    data: DataFn
-    loss: LossFn
-    optim: OptimFn
+    steps: int = 0
+    data: DataFn = no_data
+    loss: LossFn = no_loss
+    optim: OptimFn = no_optim
     build: BuildFn | None = None
     start: str | None = None
     snapshots: tuple[int, ...] = ()
@@ -234,6 +256,53 @@ class Plan:
             for ref in (*((stage.start,) if stage.start else ()), *stage.reads):
                 self._check_reference(stage, ref, self.stages[:i])
 
+    @classmethod
+    def from_model(
+        cls,
+        model: Module | Callable[..., Module],
+        *,
+        data: Any,
+        steps: int,
+        batch: int = 16,
+        loss: LossFn | None = None,
+        optim: OptimFn | None = None,
+        held_out: Any = None,
+        measures: Sequence[Measure] = (),
+        predict: PredictFn | None = None,
+        facts: Mapping[str, Any] | None = None,
+        collate: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        stage: str = "finetune",
+    ) -> Plan:
+        """A plan of one stage from one's own model and data.
+
+        Args:
+            model: a module (Transformers, Diffusers or any), copied now and for each run, never touched; or a function
+                of nothing, or of ``ctx``, that makes one, with random weights of its own for each seed.
+            data: a ``datasets.Dataset``, a map-style torch data set or a list; examples are dicts, or pairs (input,
+                label). A column ``label`` is read as ``labels``.
+            steps: optimiser updates.
+            batch: examples in an update; each comes once an epoch, in an order that the seed decides.
+            loss: of (model, batch, ctx). Default: that of a Transformers model, on the ``labels`` in the data or, for a
+                causal language model without them, of the next token where ``attention_mask`` is not 0.
+            optim: of (model, ctx). Default: AdamW at a constant 5e-5, gradients clipped at norm 1.
+            held_out: data to measure on.
+            measures: default, given ``held_out``: its ``loss``, and ``accuracy`` where labels are classes.
+            predict: of (model, batch, ctx). Default: the logits, or the first tensor that the model returns.
+            facts: what is to differ from the guessed ones, by name, such as ``{"input_range": (0, 1)}``.
+            collate: of a list of examples, gives a dict of tensors. Default: tensor columns are stacked, others left
+                out, which one line says.
+            stage: its name.
+
+        Raises:
+            PlanError: the data are empty or make no batch, or there is no loss to be had.
+        """
+        own = importlib.import_module("perturbed.plans.own")
+        plan: Plan = own.from_model(
+            model, data=data, steps=steps, batch=batch, loss=loss, optim=optim, held_out=held_out, measures=measures,
+            predict=predict, facts=facts, collate=collate, stage=stage,
+        )  # fmt: skip
+        return plan
+
     def _check_reference(self, stage: Stage, ref: str, earlier: tuple[Stage, ...]) -> None:
         if ref == "init":
             return
@@ -293,11 +362,18 @@ class Plan:
         return self.replace(measures=(*(m for m in self.measures if m.name not in names), *measures))
 
     def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> Plan:
-        """``stage`` put ``before`` or ``after`` the named one (exactly one of them)."""
+        """``stage`` put ``before`` or ``after`` the named one (exactly one of them).
+
+        The stage that now follows begins from it, unless it has a ``build`` or ``start`` of its own: then the follower
+        begins where it did.
+        """
         if (before is None) == (after is None):
             raise PlanError("insert wants exactly one of before= and after=")
         at = self.stages.index(self.stage(before or after or "")) + (after is not None)
-        return self.replace(stages=(*self.stages[:at], stage, *self.stages[at:]))
+        rest = self.stages[at:]
+        if rest and (stage.build or stage.start):
+            rest = (dataclasses.replace(rest[0], start=self.previous(rest[0])), *rest[1:])
+        return self.replace(stages=(*self.stages[:at], stage, *rest))
 
     def previous(self, stage: Stage) -> str:
         """The reference of the snapshot that ``stage`` begins from."""
@@ -319,7 +395,7 @@ class Intervention(Protocol):
     for any), ``OFF`` the field values at which it is the identity (None where a method has no off).
     """
 
-    SITES: tuple[Site, ...]
+    SITES: ClassVar[tuple[Site, ...]]
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with some of its slots wrapped."""

@@ -23,7 +23,7 @@ from torch.nn import Module
 from perturbed.core.context import Ctx, FeatureHooks, Past, ScopedLoss
 from perturbed.core.keys import Unkeyed, describe, digest, machine, source_hash, tensors_hash, versions
 from perturbed.core.meter import Cost, Meter
-from perturbed.core.plan import Batch, Measure, Plan, Stage
+from perturbed.core.plan import Batch, Measure, Plan, Stage, same_batch
 from perturbed.core.store import Store, Tree, to_device
 from perturbed.core.streams import Streams
 from perturbed.errors import Interrupted
@@ -97,7 +97,7 @@ def accelerator() -> Any:
 
 
 def release() -> None:
-    """Let accelerate drop its models and optimisers (``free_memory`` also collects garbage, 0.1 s that only GPUs need)."""
+    """Let accelerate drop its models (its ``free_memory`` also collects garbage, 0.1 s that only GPUs need)."""
     handle = accelerator()
     if handle.device.type != "cpu":
         handle.free_memory()
@@ -192,17 +192,19 @@ class Engine:
         cost, curves, scores, done = Cost(), dict[str, Curve](), dict[str, float | None](), 0
         try:
             for stage in self.plan.stages:
-                tree = self.snapshot(stage.name)
+                tree = self.snapshot(stage.name, diverged=True)
                 cost += Cost(**tree["cost"])
                 for name, curve in tree["curves"].items():
                     curves.setdefault(name, []).extend((done + step, value) for step, value in curve)
                 done += stage.steps
-                for name, value in self._measure(stage.name, "stage").items():
+                if "diverged" in tree:
+                    raise Diverged(tree["diverged"])
+                for name, value in self._measure(stage, "stage").items():
                     scores[f"{name}@{stage.name}"] = value
                     curves.setdefault(name, []).append((done, math.nan if value is None else value))
         except Diverged as e:
             return Result({}, curves, cost, "", diverged=str(e))
-        scores |= self._measure(self.plan.stages[-1].name, "end")
+        scores |= self._measure(stage, "end")
         return Result(scores, curves, cost, tensors_hash(tree["model"]))
 
     def model_at(self, ref: str) -> Module:
@@ -217,11 +219,11 @@ class Engine:
         model.load_state_dict(tree["model"])
         return model
 
-    def snapshot(self, ref: str) -> Tree:
+    def snapshot(self, ref: str, diverged: bool = False) -> Tree:
         """The saved tree of ``stage`` or ``stage@step``, trained if it is not in the store.
 
         Raises:
-            Diverged: its training did not stay finite.
+            Diverged: its training did not stay finite, unless ``diverged`` asks for what was left of it.
         """
         key = self.key(ref)
         tree = self._get(key)
@@ -230,11 +232,11 @@ class Engine:
             with self._alone(self.key(stage.name)):
                 tree = self._get(key)
                 if tree is None:
-                    with threads(self.plan.threads):
+                    with threads(self.plan.threads), torch.enable_grad():
                         self._train(stage)
                     tree = self._get(key)
         assert tree is not None
-        if "diverged" in tree:
+        if "diverged" in tree and not diverged:
             raise Diverged(tree["diverged"])
         return tree
 
@@ -273,7 +275,8 @@ class Engine:
 
     def _stage_key(self, stage: Stage) -> str:
         parents = [self.key(ref) for ref in (self.plan.previous(stage), *stage.reads)]
-        during = [m for m in self.plan.measures if isinstance(m.when, int)]
+        stage = dataclasses.replace(stage, start=None)  # told by its parent's key, however it is spelled
+        during = [m for m in self.plan.measures if isinstance(m.when, int) and m.of(stage.name)]
         watched = [during, self.plan.predict, self.plan.features] if during else []
         return self._digest([parents, self.plan.build, self.plan.facts, stage, watched], parents)
 
@@ -317,6 +320,10 @@ class Engine:
     def _begin(self, stage: Stage) -> tuple[Module, Ctx, Tree | None]:
         """The model as the stage finds it, with its weights slot applied."""
         ref, ctx, parent = self.plan.previous(stage), self._ctx(stage, stage.steps), None
+        for read in stage.reads:  # now, not when a slot asks for it in the midst of something else
+            if read != "init":
+                self.snapshot(read)
+        ctx.past = Past(stage.reads, self._past, f"stage {stage.name!r}")
         if ref != "init":
             parent = self.snapshot(ref)
             ctx.restore(parent)
@@ -325,7 +332,6 @@ class Engine:
                 model = stage.build(ctx)
         else:
             model = self.model_at(ref)
-        ctx.past = Past(stage.reads, self._past, f"stage {stage.name!r}")
         ctx.model = model
         with ctx.streams.scope("weights", shared=True):
             model = stage.weights(model, ctx)
@@ -341,10 +347,9 @@ class Engine:
         try:
             trainer.train()
         except Diverged as e:
-            self._put(self.key(stage.name), {"diverged": str(e)})
-            for step in stage.snapshots:
-                if self._get(self.key(f"{stage.name}@{step}")) is None:
-                    self._put(self.key(f"{stage.name}@{step}"), {"diverged": str(e)})
+            for ref in (stage.name, *(f"{stage.name}@{step}" for step in stage.snapshots)):
+                if self._get(self.key(ref)) is None:
+                    self._put(self.key(ref), {"diverged": str(e), **trainer.spent()})
         finally:
             release()
         self._drop(f"{self.key(stage.name)}-partial")
@@ -352,38 +357,56 @@ class Engine:
     def _drop(self, key: str) -> None:
         (self._memory if key.startswith("unkeyed") else self.store).drop(key)
 
-    def _measure(self, ref: str, when: str) -> dict[str, float | None]:
-        measures = [m for m in self.plan.measures if m.when == when]
+    def _measure(self, stage: Stage, when: str) -> dict[str, float | None]:
+        measures = [m for m in self.plan.measures if m.when == when and (when == "end" or m.of(stage.name))]
         if not measures:
             return {}
-        tree, model = self.snapshot(ref), self.model_at(ref)
-        ctx = self._ctx(None)
+        with self.finished(stage.name, whole=when == "end") as run:
+            return self.evaluate(run, measures)
+
+    @contextlib.contextmanager
+    def finished(self, ref: str, whole: bool = True) -> Iterator[Run]:
+        """The run as it stands at a snapshot, in eval mode with the plan's features held, ready to be asked.
+
+        ``ctx.past`` holds what was there by then; the facts are the plan's if this is the ``whole`` run, else the
+        stage's. Draws do not depend on which stage it is.
+        """
+        name = ref.partition("@")[0]
+        upto = self.plan.stages.index(self.plan.stage(name)) + 1
+        before = [s.name for s in self.plan.stages[:upto]]
+        steps = [f"{s.name}@{k}" for s in self.plan.stages[:upto] for k in s.snapshots]
+        tree, model, ctx = self.snapshot(ref), self.model_at(ref), self._ctx(None)
         ctx.restore(tree)
-        stages = tuple(s.name for s in self.plan.stages)
-        steps = tuple(f"{s.name}@{k}" for s in self.plan.stages for k in s.snapshots)
-        ctx.past = Past(("init", *stages, *steps), self._past, "a measure")
+        ctx.facts = self.plan.facts if whole else self.plan.stage(name).facts or self.plan.facts
+        ctx.past = Past(("init", *before, *steps), self._past, "a measure")
         try:
             with threads(self.plan.threads):
-                return self.evaluate(accelerator().prepare_model(model, evaluation_mode=True), ctx, measures)
+                prepared = accelerator().prepare_model(model, evaluation_mode=True)
+                with self._asked(prepared, ctx) as run:
+                    yield run
         finally:
             release()
 
-    def evaluate(self, model: Module, ctx: Ctx, measures: list[Measure]) -> dict[str, float | None]:
-        """Scores of ``measures`` on a model in eval mode; None where a number is not finite."""
-        scores: dict[str, float | None] = {}
+    @contextlib.contextmanager
+    def _asked(self, model: Module, ctx: Ctx) -> Iterator[Run]:
         ctx.model = model.eval()
-        with FeatureHooks(accelerator().unwrap_model(model), self.plan.features, ctx):
-            for measure in measures:
 
-                def predict(batch: Batch) -> Tensor:
-                    ctx.batch = to_device(batch, ctx.device)
-                    return self.plan.predict(model, ctx.batch, ctx)
+        def predict(batch: Batch) -> Tensor:
+            ctx.batch = to_device(batch, ctx.device)
+            return self.plan.predict(model, ctx.batch, ctx)
 
-                if self.stopping and not ctx.stage:  # within a stage its loop stops, and leaves a checkpoint
-                    self.stop(f"before measure {measure.name!r}")
-                with ctx.streams.scope(f"measure {measure.name}", shared=True):
-                    found = measure.fn(Run(model, predict, ctx.past, ctx.artifacts, ctx))
-                scores |= {k: float(v) if math.isfinite(v) else None for k, v in found.items()}
+        with FeatureHooks(ctx.bare, self.plan.features, ctx):
+            yield Run(model, predict, ctx.past, ctx.artifacts, ctx)
+
+    def evaluate(self, run: Run, measures: list[Measure]) -> dict[str, float | None]:
+        """Scores of ``measures``; None where a number is not finite."""
+        scores: dict[str, float | None] = {}
+        for measure in measures:
+            if self.stopping and not run.ctx.stage:  # within a stage its loop stops, and leaves a checkpoint
+                self.stop(f"before measure {measure.name!r}")
+            with run.ctx.streams.scope(f"measure {measure.name}", shared=True):
+                found = measure.fn(run)
+            scores |= {k: float(v) if math.isfinite(v) else None for k, v in found.items()}
         return scores
 
 
@@ -398,11 +421,13 @@ class _Training:
         self.model = accelerator().prepare_model(model.to(ctx.device))
         ctx.model, ctx.loss = self.model, self.loss
         ctx.optim = parent["optim"] if parent else None
-        self.optim = stage.optim(self.model, ctx)
-        self.optim.prepare(accelerator())
-        ctx.optim = self.optim
-        self.stream = stage.data(ctx)
-        self.first = self._resume()
+        self.first = 0
+        if stage.steps:
+            self.optim = stage.optim(self.model, ctx)
+            self.optim.prepare(accelerator())
+            ctx.optim = self.optim
+            self.stream = stage.data(ctx)
+            self.first = self._resume()
 
     def train(self) -> None:
         stage, engine = self.stage, self.engine
@@ -437,9 +462,9 @@ class _Training:
             batch = to_device(next(self.stream), ctx.device)
         ctx.batch = batch
         with self.meter.step(batch):
-            with ctx.streams.scope("inputs"):
-                batch = stage.inputs(batch, ctx)
-            ctx.batch = batch
+            if stage.inputs is not same_batch:  # a scope costs 10 µs
+                with ctx.streams.scope("inputs"):
+                    batch = ctx.batch = stage.inputs(batch, ctx)
             with ctx.streams.scope("update"):
                 value = float(stage.update(self.model, batch, self.loss, self.optim, ctx))
         if any_rank(not math.isfinite(value)):
@@ -448,21 +473,25 @@ class _Training:
             self.curves["loss"].append((step, value))
 
     def _watch(self, step: int, hooks: FeatureHooks) -> None:
-        due = [m for m in self.engine.plan.measures if isinstance(m.when, int) and step % m.when == 0]
+        watched = [m for m in self.engine.plan.measures if isinstance(m.when, int) and m.of(self.stage.name)]
+        due = [m for m in watched if step % m.when == 0]  # type: ignore[operator]
         if due:
-            with hooks.paused():
-                for name, value in self.engine.evaluate(self.model, self.ctx, due).items():
+            with hooks.paused(), self.engine._asked(self.model, self.ctx) as run:
+                for name, value in self.engine.evaluate(run, due).items():
                     self.curves.setdefault(name, []).append((step, math.nan if value is None else value))
-            self.ctx.model = self.model.train()
+            self.model.train()
+
+    def spent(self) -> Tree:
+        """Learning curves and cost so far."""
+        self.meter.cost.grad_passes = self.ctx.grad_passes
+        return {"curves": self.curves, "cost": dataclasses.asdict(self.meter.read(self.bare))}
 
     def _tree(self) -> Tree:
-        self.meter.cost.grad_passes = self.ctx.grad_passes
         return {
             "model": dict(accelerator().get_state_dict(self.model)),
-            "optim": self.optim.state_dict(),
+            "optim": self.optim.state_dict() if self.stage.steps else None,
             **self.ctx.saved(),
-            "curves": self.curves,
-            "cost": dataclasses.asdict(self.meter.read(self.bare)),
+            **self.spent(),
         }
 
     def _save(self, ref: str) -> None:

@@ -182,7 +182,7 @@ class Store:
         return sorted((Entry(f.stem, f, s.st_size, s.st_mtime) for f, s in stats), key=lambda e: e.used)
 
     def prune(self, keep_bytes: int) -> list[Entry]:
-        """Remove the least recently used files until ``keep_bytes`` are left, and what killed writers left an hour ago."""
+        """Remove the least recently used files until ``keep_bytes`` are left, and old remains of killed writers."""
         assert self.root is not None
         for stray in self.root.glob("??/.writing-*"):
             if stray.stat().st_mtime < time.time() - 3600:
@@ -199,7 +199,7 @@ class Store:
 
 
 def _parse(data: bytes, key: str) -> Tree:
-    """The tree in a file's bytes (read at once: safetensors opens a path again for each tensor, as others replace it)."""
+    """The tree in a file's bytes, read at once: safetensors opens a path again, by then perhaps another file."""
     tensors = load(data)
     meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     if meta["key"] != key:

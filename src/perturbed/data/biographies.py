@@ -61,7 +61,9 @@ def draw_biographies(count: int, candidates: int, generator: torch.Generator) ->
 
     def person() -> Biography:
         name, town = f"{word(1)} {word(2)}", word(1) + pick(TOWNS)
-        drawn = torch.randperm(10**DIGITS, generator=generator)[: candidates + 1].tolist()
+        drawn: dict[int, None] = {}
+        while len(drawn) <= candidates:
+            drawn[int(torch.randint(10**DIGITS, (), generator=generator))] = None
         code, *decoys, other = (f"{number:0{DIGITS}d}" for number in drawn)
         licence = pick(LETTERS) + pick(LETTERS)
         return Biography(f"{name} of {town}, code ", code, f", licence {licence}.", tuple(decoys), other)
@@ -88,8 +90,8 @@ class Population:
         check_copies(self, self.levels)
         if len(self.people) != len(self.levels):
             raise PlanError(f"{len(self.people)} group sizes for {len(self.levels)} levels: give one each")
-        if self.candidates < 2:
-            raise PlanError(f"candidates={self.candidates} must be at least 2: the true code and another")
+        if not 2 <= self.candidates < 10**DIGITS:
+            raise PlanError(f"candidates={self.candidates} must be at least 2 (the true code and another), below 10^6")
 
     def __call__(self, ctx: Ctx) -> tuple[list[Biography], list[int]]:
         """The people, and the group (index into ``levels``) of each."""

@@ -26,7 +26,7 @@ from perturbed.errors import PerturbedError
 from perturbed.home import home
 
 HARVEST = "docstrings"
-PACKAGES = {"numpy": "numpy", "scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+PACKAGES = {"numpy": "numpy", "scipy": "scipy", "sklearn": "scikit-learn"}
 SHORTEST = 200
 HUB_BYTES = 64_000_000
 FORMATS = (".txt", ".md", ".jsonl", ".parquet")
@@ -52,8 +52,8 @@ def cache() -> Store:
 @functools.cache
 def code() -> str:
     """Hash of the sources that decide what is cached here."""
-    folder = Path(__file__).parent
-    return digest([(folder / name).read_text(encoding="utf-8") for name in ("corpora.py", "documents.py", "vocabulary.py")])
+    files = [Path(__file__).with_name(name) for name in ("corpora.py", "documents.py", "vocabulary.py")]
+    return digest([file.read_text(encoding="utf-8") for file in files])
 
 
 def load(data: str = HARVEST, column: str = "text") -> Corpus:
@@ -184,7 +184,7 @@ def _docstrings(file: Path) -> Iterator[tuple[str, str]]:
 def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         if text := ast.get_docstring(node):
-            yield name, _encodable(text)
+            yield name, _encodable(text).strip()
         for child in node.body:
             inner = getattr(child, "name", "")
             yield from _walk(child, f"{name}.{inner}".lstrip(".") if inner else name)

@@ -47,8 +47,8 @@ def draw_windows(
     free = [window for window in shuffled if window not in taken]
     if count > len(free):
         raise PlanError(
-            f"{count} insertions do not fit into {len(free)} windows ({steps} steps of {batch}, {begin:g} to {end:g} of "
-            "training), one each: train longer, or insert fewer"
+            f"{count} insertions do not fit into {len(free)} windows, one each ({steps} steps of {batch}, {begin:g} to "
+            f"{end:g} of training): train longer, or insert fewer"
         )
     return free[:count]
 
@@ -169,7 +169,7 @@ class InsertionStream:
 
     def __init__(self, inner: Stream, copies: list[tuple[int, Example]], begin: float, end: float, ctx: Ctx):
         self.inner, self.copies, self.between, self.ctx = inner, copies, (begin, end), ctx
-        self.layer = inner.layer + 1 if isinstance(inner, InsertionStream) else 1
+        self.layer: int = inner.layer + 1 if isinstance(inner, InsertionStream) else 1
         self.name = f"insertions {ctx.stage}" + (f" {self.layer}" if self.layer > 1 else "")
         self.places: dict[int, int] | None = None
         ctx.artifacts[self.name] = {column: [] for column in COLUMNS}

@@ -35,7 +35,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, rows: slice) -> Batch:
+    def batch(self, rows: Tensor) -> Batch:
         """These windows as ``input_ids``, ``segment_ids`` and, where some token is no target, ``loss_mask``."""
         batch = {"input_ids": self.ids[rows].long(), "segment_ids": self.segments[rows].long()}
         return batch if bool(self.loss_mask.all()) else {**batch, "loss_mask": self.loss_mask[rows]}
@@ -74,7 +74,8 @@ def lay_out(tokens: Tokens, length: int, windows: int, generator: Callable[[int]
     """
     if len(tokens.ids) < length:
         raise PlanError(f"data: {len(tokens.ids)} training tokens do not fill a window of {length}: give more text")
-    parts, missing, epoch = [], windows, 0
+    parts: list[Windows] = []
+    missing, epoch = windows, 0
     while missing > 0 or not parts:
         rng = generator(epoch)
         order = torch.randperm(len(tokens), generator=rng)
@@ -149,14 +150,17 @@ class PackedText:
 
 
 class WindowStream:
-    """Windows by the clock: it has no state of its own, so a resumed run finds its place by ``ctx.step``."""
+    """Windows by the clock: it has no state of its own, so a resumed run finds its place by ``ctx.step``.
+
+    Beyond the stage's last step the windows come again from the first.
+    """
 
     def __init__(self, windows: Windows, batch: int, ctx: Ctx):
         self.windows, self.size, self.ctx = windows, batch, ctx
 
     def __next__(self) -> Batch:
         first = (self.ctx.step * self.ctx.world + self.ctx.rank) * self.size
-        return self.windows.batch(slice(first, first + self.size))
+        return self.windows.batch(torch.arange(first, first + self.size) % len(self.windows))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""

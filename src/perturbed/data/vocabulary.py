@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perturbed.core.keys import digest, versions
 from perturbed.data import corpora
-from perturbed.data.documents import Tokens, concatenate, encode, held_out
+from perturbed.data.documents import Document, Tokens, concatenate, encode, held_out
 from perturbed.errors import PlanError
 from perturbed.home import home
 
@@ -121,7 +121,7 @@ def _encoded(text: Text, where: str) -> tuple[Tokens, Tokens]:
     store, key = corpora.cache(), f"{text.fingerprint()}-tokens"
     tree = store.get(key)
     if tree is None:
-        parts: tuple[list[corpora.Document], list[corpora.Document]] = ([], [])
+        parts: tuple[list[Document], list[Document]] = ([], [])
         for document in encode(corpora.load(text.data, text.column).documents, text.tokenizer()):
             parts[held_out(document.text, text.held_out)].append(document)
         for name, part in zip(("train on", "hold out"), parts, strict=True):

@@ -84,7 +84,7 @@ def run_study(setting: Setting, pool: Pool, listen: ListenerFor) -> Record:
     rest = iter(found[len(gate_jobs) :])
     results: Results = {arm: {seed: next(rest) for seed in setting.seeds} for arm in plans}
     record = _record(setting, results, started)
-    record["gates"] = gates(setting.study, results, checks)
+    record["gates"] = gates(setting, results, checks)
     if setting.smoke:
         record["smoke"] = {a: _score(checks[a], setting.study.metric) for a in plans if a in checks}
     record |= judge_record(record)
@@ -113,9 +113,13 @@ def switched_off(study: Study) -> Plan | None:
     return dataclasses.replace(study, arms={**study.arms, study.primary: off}).plans()[study.primary]
 
 
-def gates(study: Study, results: Results, checks: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+def gates(setting: Setting, results: Results, checks: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
     """What must hold for the scores to judge anything; ``pass`` is None where a gate does not apply."""
-    found = {"budgets": _budgets(study, results), "sanity": _sanity(study, results["control"])}
+    study = setting.study
+    sanity = (
+        _gate(None, "not asked at smoke length") if setting.scale == "smoke" else _sanity(study, results["control"])
+    )
+    found = {"budgets": _budgets(study, results), "sanity": sanity}
     if checks:
         off, again = checks.get("off"), _same(checks["again"], checks[study.primary or ""])
         found["same_seed"] = _gate(again, "the primary arm twice on seed 0 at smoke length")

@@ -62,8 +62,10 @@ class HeldOut:
     def __call__(self, run: Run) -> dict[str, float]:
         """``heldout_loss`` in nats per token, ``bits_per_byte``, and ``epochs``: how often training read its corpus."""
         packed = pack(self.text.test(), self.length + 1)
-        starts = range(0, min(self.windows, len(packed)), self.batch)
-        batches = (packed.batch(slice(i, min(i + self.batch, self.windows))) for i in starts)
+        used = min(self.windows, len(packed))
+        batches = (
+            packed.batch(torch.arange(first, min(first + self.batch, used))) for first in range(0, used, self.batch)
+        )
         loss, bits = text_loss(run.predict, batches, byte_lengths(self.text.tokenizer()))
         read = {k: v["epochs"] for k, v in run.artifacts.items() if k.startswith("corpus ")}
         return {"heldout_loss": loss, "bits_per_byte": bits, "epochs": sum(read.values())}

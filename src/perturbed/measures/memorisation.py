@@ -50,7 +50,7 @@ def continuation_logits(predict: Predict, prefix: Sequence[int], continuations: 
     packed = torch.cat([continuations, short]).view(-1, width, size)
     logits = predict(pack_continuations(prefix, packed)).cpu()
     first = logits[:1, len(prefix) - 1].expand(count, 1, -1)
-    later = logits[:, len(prefix) :].unflatten(1, (width, size - 1)).flatten(0, 1)[:count]
+    later = logits[:, len(prefix) :].reshape(-1, size - 1, logits.shape[-1])[:count]
     return torch.cat([first, later], 1)
 
 

@@ -19,12 +19,14 @@ class SGD:
         lr: learning rate, before the schedule.
         momentum: share of the last update that is kept; 0 for none.
         weight_decay: of every parameter, added to its gradient.
+        clip: largest global gradient norm, or None.
         schedule: factor on ``lr`` at (step, steps).
     """
 
     lr: float
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    clip: float | None = None
     schedule: Schedule = constant
 
     def __call__(self, model: Module, ctx: Ctx) -> Optim:
@@ -33,7 +35,7 @@ class SGD:
         optimizer = torch.optim.SGD(
             model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, foreach=True
         )
-        return Optim(optimizer, self.schedule)
+        return Optim(optimizer, self.schedule, self.clip)
 
 
 @dataclass(frozen=True)

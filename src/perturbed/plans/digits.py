@@ -123,24 +123,31 @@ def cnn(width: int) -> Module:
 
 
 def vit(width: int) -> Module:
-    """Transformers' image classifier: patches of 2x2, two layers of ``2 * width`` with four heads."""
+    """Transformers' image classifier: patches of 2x2, two layers of ``2 * width`` with four heads.
+
+    Weights begin at a deviation of one over the root of the hidden size: at Transformers' own 0.02, which suits
+    hundreds of channels, SGD does not leave chance in 300 steps.
+    """
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         image_size=SIDE, patch_size=2, num_channels=1, hidden_size=2 * width, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=4 * width, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, num_labels=CLASSES,
+        attention_probs_dropout_prob=0.0, num_labels=CLASSES, initializer_range=(2 * width) ** -0.5,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     return ViTForImageClassification(config)  # type: ignore[no-any-return]
 
 
 BUILDERS: dict[str, Callable[[int], Module]] = {"cnn": cnn, "vit": vit}
+CLIP: dict[str, float | None] = {"cnn": None, "vit": 1.0}  # unclipped, some seeds of the vit never leave chance
 
 
 @dataclass(frozen=True)
 class Digits:
     """The plan: stages ``pretrain`` and ``finetune``, both clean, with SGD at a constant rate; clean test accuracy.
+
+    Gradients of the vit are clipped at norm 1.
 
     Its facts also give the test examples (``held_out``) and as many training examples (``seen``) to measures.
 
@@ -163,8 +170,8 @@ class Digits:
     batch: int = 64
     pretrain_steps: int = 420
     finetune_steps: int = 168
-    lr: float = 0.05
-    finetune_lr: float = 0.05
+    lr: float = 0.1
+    finetune_lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     data: str = "digits"
@@ -198,5 +205,5 @@ class Digits:
         )  # fmt: skip
 
     def _stage(self, name: str, steps: int, lr: float, train: Split) -> Stage:
-        optim = SGD(lr, self.momentum, self.weight_decay)
+        optim = SGD(lr, self.momentum, self.weight_decay, CLIP[self.model])
         return Stage(name=name, steps=steps, data=Epochs(train, self.batch), loss=cross_entropy, optim=optim)

@@ -36,7 +36,10 @@ class Network:
 class PendulumCloning:
     """Behaviour cloning of ``swing_up`` on Pendulum-v1, judged by the return of the clone in the environment.
 
-    Needs Gymnasium (``pip install 'perturbed[tasks]'``).
+    Returns to hold it against, mean over 100 start states (whose standard error is 10 for the controller and 30 for
+    chance): the controller itself -160, torques uniform in [-2, 2] -1,274, no torque -1,277. At the default sizes the
+    clone comes within a few points of the controller on the same start states; at 600 steps it does not yet hold the
+    top. Needs Gymnasium (``pip install 'perturbed[tasks]'``).
 
     Args:
         width: of the two hidden layers.

@@ -1,0 +1,257 @@
+"""What a user types, and what bad input says: one line that tells what is wrong and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import perturbed as pt
+from perturbed import cli
+from perturbed.api import write_report
+from perturbed.evidence import ledger as ledgers
+from perturbed.inputs.noise import InputNoise
+from perturbed.optim.fine_tuning import StepDecay
+
+PLANS = Path(__file__).parent / "own_plans.py"
+SLUG = "adversarial-fine-tuning"
+SMOKE = ["run", SLUG, "--scale", "smoke", "--workers", "1"]
+
+
+@pytest.fixture
+def perturbed(capsys, monkeypatch, tmp_path):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+def refused(answer: tuple[int, str, str], *words: str) -> None:
+    code, out, err = answer
+    assert code == 2
+    assert out == ""
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("perturbed: error: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in line, line
+
+
+def test_unknown_slug_names_the_nearest(perturbed):
+    refused(perturbed("run", "hubbel"), "hubbel", "hubble", "perturbed list")
+    refused(perturbed("show", "adversarial-finetuning"), SLUG)
+
+
+def test_unknown_command_and_option(perturbed):
+    refused(perturbed("rnu"), "rnu")
+    refused(perturbed("run", SLUG, "--sclae", "smoke"), "--sclae")
+    refused(perturbed("run", SLUG, "--scale", "tiny"), "smoke, laptop, full, paper")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("plan.widht=3", ["widht", "plan.width"]),
+        ("plan.width=abc", ["width", "abc", "int"]),
+        ("plan.width", ["FIELD=VALUE"]),
+        ("eps=0.1", ["ambiguous", "slow_fast.eps=0.1"]),
+        ("metric=accuracy", ["no such field"]),
+    ],
+)
+def test_settings_that_do_not_fit(perturbed, setting, words):
+    refused(perturbed(*SMOKE, "--set", setting), *words)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [("0", ["at least one seed"]), ("1,1,2", ["seed 1", "twice"]), ("-1,2", ["negative"]), ("x", ["which (0,1,2)"])],
+)
+def test_seeds_that_pair_nothing(perturbed, seeds, words):
+    refused(perturbed(*SMOKE, "--seeds", seeds), *words)
+
+
+def test_plan_files(perturbed, tmp_path):
+    broken = tmp_path / "broken_plan.py"
+    broken.write_text("import no_such_module\n")
+    refused(perturbed(*SMOKE, "--plan", f"{broken}:plan"), "broken_plan.py", "does not import", "no_such_module")
+    refused(perturbed(*SMOKE, "--plan", f"{PLANS}:not_a_plan"), "no Plan")
+    refused(perturbed(*SMOKE, "--plan", f"{PLANS}:palns"), "palns", "plan")
+    refused(perturbed(*SMOKE, "--plan", f"{tmp_path}/nowhere.py:plan"), "no file")
+    refused(perturbed(*SMOKE, "--plan", "digit"), "did you mean 'digits'")
+
+
+def test_a_missing_fact_is_named(perturbed):
+    answer = perturbed(*SMOKE, "--seeds", "2", "--plan", f"{PLANS}:without_range")
+    refused(answer, "input_range", "perturbed plans")
+
+
+def test_own_plan_runs_and_is_not_registered(perturbed, tmp_path):
+    options = ["--seeds", "2", "--arms", "slow_fast", "--json", "--out", tmp_path / "r"]
+    code, out, _ = perturbed(*SMOKE, "--plan", f"{PLANS}:made", *options)
+    record = json.loads(out)
+    assert code == 0
+    assert record["registered"] is False
+    assert set(record["scores"]) == {"control", "scratch", "slow_fast"}
+
+
+def test_divergence_stops_that_run_only(perturbed, tmp_path):
+    options = ["--seeds", "3", "--json", "--out", tmp_path / "r"]
+    code, out, _ = perturbed(*SMOKE, "--plan", f"{PLANS}:exploding", *options)
+    record = json.loads(out)
+    assert record["scores"]["control"]["1"] is None
+    assert record["scores"]["control"]["0"] is not None
+    entry = record["arms"]["slow_fast"]
+    assert (entry["verdict"], entry["finite"], entry["n"]) == ("diverged", 2, 3)
+    assert "at step 0" in record["diverged"]["control"]["1"]
+    assert code == 0
+
+
+def test_smoke_prints_one_json_object_and_a_page(perturbed, tmp_path):
+    code, out, err = perturbed(*SMOKE, "--seeds", "2", "--json", "--out", tmp_path / "reports")
+    record = json.loads(out)
+    assert code == 0
+    assert err
+    assert record["gates"]["off_equals_control"]["pass"] is True
+    assert record["gates"]["same_seed"]["pass"] is True
+    assert record["verdict"] == "screening"
+    assert record["seeds"] == [0, 1]
+    again = json.loads(perturbed(*SMOKE, "--seeds", "2", "--json", "--out", tmp_path / "reports")[1])
+    assert again["scores"] == record["scores"]
+    (page,) = (tmp_path / "reports").glob("*.html")
+    assert SLUG in page.read_text()
+
+
+def test_workers_give_the_same_bits(perturbed, tmp_path, monkeypatch):
+    wanted = ["run", SLUG, "--scale", "smoke", "--seeds", "2", "--json", "--out", tmp_path / "r", "--workers"]
+    one = json.loads(perturbed(*wanted, "1")[1])
+    monkeypatch.setenv("PERTURBED_HOME", str(tmp_path / "elsewhere"))
+    two = json.loads(perturbed(*wanted, "2")[1])
+    assert one["scores"] == two["scores"]
+    assert one["secondary"] == two["secondary"]
+    assert one["curves"] == two["curves"]
+
+
+def test_out_that_cannot_be_written_is_said_before_any_work(perturbed, tmp_path):
+    (tmp_path / "file").write_text("")
+    began = time.monotonic()
+    refused(perturbed(*SMOKE, "--out", tmp_path / "file" / "reports"), "--out")
+    assert time.monotonic() - began < 1
+
+
+def test_a_store_that_cannot_be_used_is_said(perturbed, tmp_path, monkeypatch):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "store").write_text("")
+    monkeypatch.setenv("PERTURBED_HOME", str(tmp_path / "taken"))
+    refused(perturbed(*SMOKE, "--seeds", "1"), "store", "PERTURBED_HOME")
+
+
+def test_an_edited_ledger_is_refused(perturbed, tmp_path, monkeypatch):
+    source = ledgers.file_of(ledgers.package_folder(), SLUG)
+    text = source.read_text()
+    score = re.search(r'"control":\{"0":([0-9.]+)', text)
+    assert score is not None
+    copy = ledgers.file_of(tmp_path, SLUG)
+    copy.write_text(text.replace(score[0], score[0].replace(score[1], "0.123"), 1))
+    monkeypatch.setattr(ledgers, "package_folder", lambda: tmp_path)
+    refused(perturbed("show", SLUG), f"{SLUG}.jsonl", "line 1")
+    refused(perturbed("ledger", "verify"), f"{SLUG}.jsonl", "line 1")
+    shutil.copy(source, copy)
+    assert perturbed("ledger", "verify")[0] == 0
+
+
+def test_an_empty_data_set_is_said(perturbed, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    refused(perturbed("run", "hubble", "--scale", "smoke", "--set", f"data={tmp_path}/empty.txt"), "empty")
+
+
+def test_a_missing_extra_says_what_to_install(perturbed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused(perturbed(*SMOKE, "--seeds", "2", "--on", "ray"), "perturbed[ray]")
+
+
+def test_gate_failure_is_exit_code_three(perturbed, tmp_path):
+    options = ["--seeds", "1", "--plan", f"{PLANS}:plan", "--workers", "1", "--out", tmp_path / "r"]
+    code, out, _ = perturbed("run", SLUG, *options)
+    assert code == 3
+    assert "sanity" in out
+
+
+def test_judge_and_power(perturbed, tmp_path):
+    rows = ["arm,seed,score"] + [
+        f"{a},{s},{s + d + 0.01 * s * (a == 'b')}" for a, d in (("a", 0), ("b", 1)) for s in range(8)
+    ]
+    (tmp_path / "scores.csv").write_text("\n".join(rows))
+    asked = ["judge", tmp_path / "scores.csv", "--control", "a", "--treatment", "b", "--out", tmp_path / "r", "--json"]
+    record = json.loads(perturbed(*asked)[1])
+    assert record["verdict"] == "supported"
+    assert record["arms"]["b"]["effect"] == pytest.approx(1 + 0.01 * 3.5)
+    (tmp_path / "scores.csv").write_text("\n".join(rows[:-1]))
+    refused(perturbed(*asked), "seed 7", "'b'")
+    assert json.loads(perturbed("power", "--sd", "1", "--effect", "1.3", "--json")[1])["seeds"] == 8
+    refused(perturbed("power", "--sd", "1"), "exactly two")
+
+
+def test_list_show_plans_dry_run(perturbed):
+    rows = json.loads(perturbed("list", "--json")[1])
+    assert {"slug", "title", "arxiv", "year", "sites", "modality", "kind", "verdict"} == set(rows[0])
+    assert [r["slug"] for r in json.loads(perturbed("list", "memorisation", "--json")[1])] == ["hubble"]
+    assert SLUG in [r["slug"] for r in json.loads(perturbed("list", "--site", "optim", "--json")[1])]
+    assert "claim" in perturbed("show", "hubble")[1]
+    names = [p["name"] for p in json.loads(perturbed("plans", "--json")[1])]
+    assert {"docstring-lm", "digits", "pendulum-cloning"} <= set(names)
+    bill = json.loads(perturbed("run", "hubble", "--scale", "paper", "--dry-run", "--json")[1])
+    assert bill["paper"]["gpu_hours"] > 100
+
+
+def test_compare_names_the_method_that_does_not_fit(perturbed):
+    refused(perturbed("compare", SLUG, "hubble", "--plan", f"{PLANS}:plan"), "'hubble'", "modality", "language")
+
+
+def test_compare_in_combination(perturbed, tmp_path):
+    arms = {"noise": [InputNoise(scale=0.3)], "decay": [StepDecay(stage="finetune")]}
+    record = pt.compare(f"{PLANS}:plan", arms, seeds=6, factorial=True, workers=1)
+    assert list(record["scores"]) == ["control", "noise", "decay", "noise+decay"]
+    d = {
+        arm: np.array([record["scores"][arm][str(s)] - record["scores"]["control"][str(s)] for s in range(6)])
+        for arm in record["arms"]
+    }
+    found = record["interaction"]["noise+decay"]
+    assert found["effect"] == pytest.approx((d["noise+decay"] - d["noise"] - d["decay"]).mean())
+    assert found["interval"][0] <= found["effect"] <= found["interval"][1]
+    assert write_report(record, tmp_path).read_text().count("<svg") >= 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, "-m", "perturbed", "run", SLUG, "--seeds", "1", "--workers", "2", "--json"]
+    command += ["--out", str(tmp_path / "r"), "--set", "plan.pretrain_steps=3000", "--arms", "slow_fast"]
+    env = {**os.environ, "PERTURBED_HOME": str(tmp_path / "home2")}
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(20)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=90)
+    assert child.returncode == 130, err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    partial = list((tmp_path / "home2" / "store").rglob("*.safetensors"))
+    assert partial, "nothing was kept"
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    whole = subprocess.run(
+        command, env={**env, "PERTURBED_HOME": str(tmp_path / "home3")}, capture_output=True, text=True, timeout=240
+    )
+    assert json.loads(done.stdout)["scores"] == json.loads(whole.stdout)["scores"]
