@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perturbed.core.plan import Intervention, Measure, Plan, apply
+from perturbed.core.plan import Intervention, Plan, apply
 from perturbed.core.registry import Card, Method, card, load
 from perturbed.errors import PlanError, nearest
 from perturbed.evidence.pool import Place, Pool
@@ -155,7 +155,7 @@ def compare(
         arms: named sequences of interventions; the first named is the primary contrast, the others are Holm-adjusted.
         seeds: how many, or which.
         metric: the score that decides; the plan's first measure by default.
-        direction: of the hoped-for change; as the plan's first measure improves, by default.
+        direction: of the hoped-for change; as the measure of that name improves, by default, else ``higher``.
         epsilon: smallest effect of interest; without it no null can be shown.
         factorial: also run every combination of two or more arms (applied in the order given, the last outermost),
             with the interaction d_ab - d_a - d_b of each pair.
@@ -169,7 +169,7 @@ def compare(
     if not arms:
         raise PlanError("compare needs at least one arm")
     recipe: Recipe = load_plan(plan) if isinstance(plan, str) else Fixed(plan) if isinstance(plan, Plan) else plan
-    main: Measure = recipe().measures[0]
+    name, better = _main(recipe(), metric)
     every: dict[str, tuple[Intervention, ...]] = {name: tuple(arm) for name, arm in arms.items()}
     pairs: dict[str, tuple[str, str]] = {}
     if factorial:
@@ -179,14 +179,24 @@ def compare(
                 if size == 2:
                     pairs["+".join(names)] = (names[0], names[1])
     study = Study(
-        plan=recipe, arms=every, primary=next(iter(arms)), metric=metric or main.name,
-        direction=direction or main.better, epsilon=epsilon, budget="reported",
+        plan=recipe, arms=every, primary=next(iter(arms)), metric=name, direction=direction or better,
+        epsilon=epsilon, budget="reported",
     )  # fmt: skip
     for name, arm in study.arms.items():
         _explain(recipe(), name, arm)
     asked = Setting(study, "own", _seeds(seeds), command=command)
     record = carry_out(asked, plan=plan, workers=workers, on=on)
     return add_interactions(record, pairs) if factorial else record
+
+
+def _main(plan: Plan, metric: str | None) -> tuple[str, Direction]:
+    """The metric that decides and how it improves: that of the plan's first measure, unless one is named."""
+    for measure in plan.measures:
+        if metric in (None, measure.name):
+            return measure.name, measure.better
+    if metric is None:
+        raise PlanError(f"plan {plan.name!r} measures nothing: give it a measure")
+    return metric, "higher"
 
 
 def _explain(plan: Plan, name: str, arm: Sequence[Intervention]) -> None:

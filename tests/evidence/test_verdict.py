@@ -333,6 +333,15 @@ def test_an_effect_that_the_sham_has_too_is_not_specific():
     assert judge_record(record({"control": CONTROL, "method": shifted(0.1)}, sham="left_out"))["specific"] is None
 
 
+def test_beside_another_reference_the_sham_only_has_to_differ():
+    scores = {"control": CONTROL, "strong": shifted(0.3), "method": shifted(0.2), "sham": shifted(0.0, -1.0)}
+    found = judge_record(record(scores, sham="sham", reference="strong"))
+    assert found["arms"]["method"]["effect"] < 0
+    assert found["specific"] is True
+    same = judge_record(record({**scores, "sham": shifted(0.2, -1.0)}, sham="sham", reference="strong"))
+    assert same["specific"] is False
+
+
 def test_a_failed_gate_makes_every_arm_invalid_and_an_undefined_one_none():
     scores = {"control": CONTROL, "method": shifted(0.10), "other": shifted(0.10)}
     undefined = judge_record(record(scores, gates={"off_equals_control": {"pass": None, "detail": "no OFF"}}))

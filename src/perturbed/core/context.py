@@ -83,6 +83,7 @@ class Ctx:
         state: scratch that lives for the run and is saved in every snapshot (tensors and JSON only).
         artifacts: crafted things, such as a universal perturbation; saved likewise.
         accelerator: accelerate's, for devices, precision and processes.
+        device: where the model lives.
     """
 
     def __init__(
@@ -101,11 +102,8 @@ class Ctx:
         self.nets: dict[str, Net] = {}
         self.grad_passes = 0
         self._net_states: dict[str, Any] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return torch.device(self.accelerator.device)
+        # read once: accelerate looks each of these up through several properties, at microseconds a step
+        self.device, self._plain = torch.device(accelerator.device), plain(accelerator)
 
     @property
     def bare(self) -> Module:
@@ -141,7 +139,7 @@ class Ctx:
 
     def backward(self, value: Tensor, inputs: list[Tensor] | None = None) -> None:
         """Back-propagate (through accelerate, where it scales the loss), only into ``inputs`` if given."""
-        if plain(self.accelerator):
+        if self._plain:
             value.backward(inputs=inputs)  # type: ignore[no-untyped-call]
         else:
             self.accelerator.backward(value, inputs=inputs)

@@ -78,7 +78,11 @@ def _describe_object(thing: Any) -> Any:
     if isinstance(thing, Tensor):
         return tensor_hash(thing)
     if isinstance(thing, Module):
-        return {**_of_class(type(thing)), "repr": repr(thing), "state": tensors_hash(thing.state_dict())}
+        frozen = [name for name, p in thing.named_parameters() if not p.requires_grad]
+        config: Any = getattr(thing, "config", None)
+        told = config.to_dict() if hasattr(config, "to_dict") else config
+        shape = {"repr": repr(thing), "config": json.dumps(told, sort_keys=True, default=describe), "frozen": frozen}
+        return {**_of_class(type(thing)), **shape, "state": tensors_hash(thing.state_dict())}
     if hasattr(thing, "_fingerprint"):  # datasets.Dataset
         return {**_of_class(type(thing)), "fingerprint": thing._fingerprint}
     raise Unkeyed(f"{type(thing).__module__}.{type(thing).__qualname__} has no fingerprint()")

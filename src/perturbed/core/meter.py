@@ -81,25 +81,35 @@ class Meter:
     def __init__(self) -> None:
         self.cost = Cost()
         self._flops: dict[str, int] = {}
+        self._shapes: list[torch.Size] = []
+        self._last = 0
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         _reset_peak()
 
     @contextmanager
     def step(self, batch: Batch) -> Iterator[None]:
         """Count one training step on ``batch``: the first of each shape under torch's counter."""
-        shape = str([(k, *v.shape) for k, v in batch.items()])
+        shapes = [v.shape for v in batch.values()]
+        if shapes == self._shapes:
+            yield
+        else:
+            yield from self._count(str([(k, *v.shape) for k, v in batch.items()]))
+            self._shapes = shapes
+        self.cost.flops += self._last
+        self.cost.examples += len(next(iter(batch.values())))
+        if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
+            self.cost.tokens += int(batch["attention_mask"].sum())
+        elif "input_ids" in batch:
+            self.cost.tokens += batch["input_ids"].numel()
+
+    def _count(self, shape: str) -> Iterator[None]:
         if shape in self._flops:
             yield
         else:
             with _Counter() as counter:  # type: ignore[no-untyped-call]
                 yield
             self._flops[shape] = counter.flops
-        self.cost.flops += self._flops[shape]
-        self.cost.examples += len(next(iter(batch.values())))
-        if "attention_mask" in batch and batch["attention_mask"].dim() == 2:
-            self.cost.tokens += int(batch["attention_mask"].sum())
-        elif "input_ids" in batch:
-            self.cost.tokens += batch["input_ids"].numel()
+        self._last = self._flops[shape]
 
     def read(self, model: Module) -> Cost:
         """The cost so far."""

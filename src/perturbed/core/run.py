@@ -105,14 +105,6 @@ def release() -> None:
     handle._optimizers.clear()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` holds in any process, so that all of them take the same turn."""
-    handle = accelerator()
-    if handle.num_processes == 1:
-        return flag
-    return bool(handle.reduce(torch.tensor(float(flag), device=handle.device)) > 0)
-
-
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
     """Torch at ``number`` threads inside: the same number everywhere gives the same bits."""
@@ -416,7 +408,7 @@ class _Training:
     def __init__(self, engine: Engine, stage: Stage, model: Module, ctx: Ctx, parent: Tree | None):
         self.engine, self.stage, self.ctx, self.bare = engine, stage, ctx, model
         self.partial = f"{engine.key(stage.name)}-partial"
-        self.meter, self.loss = Meter(), ScopedLoss(stage.loss)
+        self.meter, self.loss, self.alone = Meter(), ScopedLoss(stage.loss), ctx.world == 1
         self.curves: dict[str, Curve] = {"loss": []}
         self.model = accelerator().prepare_model(model.to(ctx.device))
         ctx.model, ctx.loss = self.model, self.loss
@@ -439,7 +431,7 @@ class _Training:
             for step in range(self.first, stage.steps):
                 if step in stage.snapshots:
                     self._save(f"{stage.name}@{step}")
-                if any_rank(engine.stopping):
+                if self._any(engine.stopping):
                     self.checkpoint(step)
                     engine.stop(f"in stage {stage.name!r} at step {step}")
                 self._step(step)
@@ -448,7 +440,7 @@ class _Training:
                 if engine.report and now - reported > 0.2:
                     reported = now
                     engine.report(Progress(stage.name, step + 1, before + step + 1, total))
-                if any_rank(now - saved > engine.checkpoint_s):
+                if self._any(now - saved > engine.checkpoint_s):
                     self.checkpoint(step + 1)
                     saved = time.monotonic()
         self._save(stage.name)
@@ -467,7 +459,7 @@ class _Training:
                     batch = ctx.batch = stage.inputs(batch, ctx)
             with ctx.streams.scope("update"):
                 value = float(stage.update(self.model, batch, self.loss, self.optim, ctx))
-        if any_rank(not math.isfinite(value)):
+        if self._any(not math.isfinite(value)):
             raise Diverged(f"the loss was {value} in stage {stage.name!r} at step {step}")
         if step % max(1, stage.steps // CURVE_POINTS) == 0 or step == stage.steps - 1:
             self.curves["loss"].append((step, value))
@@ -480,6 +472,12 @@ class _Training:
                 for name, value in self.engine.evaluate(run, due).items():
                     self.curves.setdefault(name, []).append((step, math.nan if value is None else value))
             self.model.train()
+
+    def _any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds in any process, so that all of them take the same turn."""
+        if self.alone:
+            return flag
+        return bool(accelerator().reduce(torch.tensor(float(flag), device=self.ctx.device)) > 0)
 
     def spent(self) -> Tree:
         """Learning curves and cost so far."""

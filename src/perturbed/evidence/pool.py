@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -95,18 +96,32 @@ class Pool:
         return [results[i] for i in range(len(jobs))]
 
     def _elsewhere(self, engines: dict[int, Engine], number: int, listener: Listener) -> dict[int, Result]:
-        tasks = {i: self._task(engine) for i, engine in engines.items()}
+        plans = {id(engine.plan): engine.plan for engine in engines.values()}
+        packed = {key: self._pack(plan) for key, plan in plans.items()}  # once a plan: it may hold a model
+        # keys are worked out here, where the sources of a script's own slots can be read
+        tasks = {
+            i: Task(self.files, packed[id(e.plan)], e.seed, e.store.root, e.all_keys()) for i, e in engines.items()
+        }
         start = _ray if self.on == "ray" else _loky
         with _notes() as notes, start(number) as submit:
             return _collect({i: submit(task, notes, i) for i, task in tasks.items()}, notes, listener)
 
-    def _task(self, engine: Engine) -> bytes:
-        # keys are worked out here, where the sources of a script's own slots can be read
-        content = (engine.plan, engine.seed, engine.store.root, engine.all_keys())
+    def _pack(self, plan: Plan) -> bytes:
         try:
-            return bytes(cloudpickle.dumps((tuple(map(str, self.files)), cloudpickle.dumps(content))))
-        except (TypeError, AttributeError) as e:
+            return bytes(cloudpickle.dumps(plan))
+        except (TypeError, AttributeError, pickle.PicklingError) as e:
             raise PerturbedError(f"the plan cannot be sent to a worker ({e}); use --workers 1") from e
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs for one job; files go first, as the plan may be made of what they define."""
+
+    files: tuple[Path, ...]
+    plan: bytes
+    seed: int
+    store: Path | None
+    keys: dict[str, str]
 
 
 def _here(index: int, engine: Engine, listener: Listener) -> Result:
@@ -116,13 +131,11 @@ def _here(index: int, engine: Engine, listener: Listener) -> Result:
     return result
 
 
-def _work(task: bytes, notes: str, index: int) -> dict[str, Any]:
+def _work(task: Task, notes: str, index: int) -> dict[str, Any]:
     """One job in a worker: progress goes to a small file, a file called ``stop`` asks it to end."""
-    files, content = cloudpickle.loads(task)
-    for file in files:
-        load_file(Path(file))
-    plan, seed, store, keys = cloudpickle.loads(content)
-    engine = Engine(plan, seed, Store(store), keys=keys)
+    for file in task.files:
+        load_file(file)
+    engine = Engine(cloudpickle.loads(task.plan), task.seed, Store(task.store), keys=task.keys)
     note, stop, parent = Path(notes, str(index)), Path(notes, "stop"), os.getppid()
 
     def report(progress: Progress) -> None:
@@ -165,7 +178,7 @@ def _notes() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-Submit = Callable[[bytes, str, int], "Future[dict[str, Any]]"]
+Submit = Callable[[Task, str, int], "Future[dict[str, Any]]"]
 
 
 def _quiet_worker() -> None:

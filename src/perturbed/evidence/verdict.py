@@ -158,7 +158,8 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
     looks do not make a finding. A failed gate makes every arm ``invalid``.
 
     ``specific`` belongs to the primary arm: the 95 % interval of treatment - sham excludes 0, on the side of the effect
-    (any side for direction ``equal``). None without a sham in the scores, or where that interval does not exist.
+    (any side for direction ``equal``, and where the reference is not the control that the sham stands beside). None
+    without a sham in the scores, or where that interval does not exist.
 
     Args:
         record: As `perturbed run --json` prints it; ``scores``, ``seeds``, ``primary``, ``reference``, ``sham``,
@@ -200,7 +201,8 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
     found = judged[primary]
     specific = None
     if sham is not None and sham in scores and sham != primary:
-        specific = _specific(found.effect, contrast(primary, sham), record["direction"])
+        either_side = record["direction"] == "equal" or record["reference"] != "control"
+        specific = _specific(found.effect, contrast(primary, sham), either_side)
     return {
         "arms": {
             arm: {
@@ -312,11 +314,11 @@ def _holm(p: Mapping[str, float | None]) -> dict[str, float]:
     return {arm: float(value) for arm, value in zip(known, holm(list(known.values())), strict=True)}
 
 
-def _specific(effect: float | None, against_sham: Judgement, direction: str) -> bool | None:
+def _specific(effect: float | None, against_sham: Judgement, either_side: bool) -> bool | None:
     if effect is None or against_sham.effect is None or against_sham.n < 2:
         return None
     # Without an interval the difference does not vary: it is the point itself that is or is not zero.
     low, high = against_sham.interval or (against_sham.effect, against_sham.effect)
-    if direction == "equal":
+    if either_side:
         return low > 0 or high < 0
     return low > 0 if effect > 0 else high < 0
