@@ -1,0 +1,88 @@
+"""SLTrain: arms of equal parameters that differ in what the study says, and what of them is stored."""
+
+import dataclasses
+
+import pytest
+
+from perturbed.core.plan import apply
+from perturbed.core.registry import card
+from perturbed.core.run import Engine
+from perturbed.core.store import Store
+from perturbed.methods.sltrain import STUDY
+from perturbed.weights.sparse_low_rank import SparseLowRank, SparseLowRankLinear
+
+
+def at_start(arm, study=STUDY):
+    """The model of an arm before its first step."""
+    plan = study.at("full").plans()[arm]
+    short = plan.replace(stages=(dataclasses.replace(plan.stages[0], steps=0),), measures=())
+    return Engine(short, 1000, Store(None)).model_at("pretrain")
+
+
+def block(model):
+    """Trained parameters of the layers that are rewritten, over the number of blocks."""
+    layers = [m for n, m in model.named_modules() if ".layers." in n and hasattr(m, "in_features")]
+    trained = sum(p.numel() for m in layers for p in m.parameters() if p.requires_grad)
+    return trained / len(model.model.layers)
+
+
+def test_arms_train_as_many_numbers_as_the_docstring_says():
+    sizes = {arm: block(at_start(arm)) for arm in ("control", "low_rank", "sltrain", "frozen", "sparse")}
+    assert sizes["control"] == 4 * 96 * 96 + 3 * 96 * 256 == 110_592
+    assert sizes["low_rank"] == sizes["frozen"] == 4 * 14 * 192 + 3 * 14 * 352 == 25_536
+    assert sizes["sltrain"] == 4 * (12 * 192 + 276) + 3 * (12 * 352 + 737) == 25_203
+    assert sizes["sltrain"] < sizes["low_rank"] < 1.02 * sizes["sltrain"], "the reference is not the smaller"
+    assert sizes["sparse"] == pytest.approx(sizes["sltrain"], rel=2e-3)
+
+
+def test_every_layer_of_the_blocks_is_rewritten_and_no_other():
+    ours = [n for n, m in at_start("sltrain").named_modules() if isinstance(m, SparseLowRankLinear)]
+    assert len(ours) == 2 * 7
+    assert all(".layers." in n for n in ours)
+
+
+def test_arms_differ_in_the_weights_and_the_rate_alone():
+    plans = STUDY.at("full").plans()
+    control = plans["control"].stages[0]
+    for arm, plan in plans.items():
+        (stage,) = plan.stages
+        for slot in ("steps", "data", "loss", "inputs", "features", "update", "build"):
+            assert getattr(stage, slot) == getattr(control, slot), arm
+    treated, sham = STUDY.arms["sltrain"][0], STUDY.arms["frozen"][0]
+    assert treated.train_sparse
+    assert not sham.train_sparse
+    assert (sham.density, sham.scale, sham.where) == (treated.density, treated.scale, treated.where)
+    assert sham.rank == STUDY.arms["low_rank"][0].rank
+
+
+def test_the_sham_has_the_same_entries_at_the_same_places():
+    one, two = at_start("sltrain").state_dict(), at_start("frozen").state_dict()
+    names = [n for n in one if n.endswith(("support", "values"))]
+    assert len(names) == 2 * 14
+    assert all(one[n].equal(two[n]) for n in names)
+
+
+def test_all_entries_and_no_product_is_the_control_bit_for_bit():
+    plan = STUDY.at("smoke").plans()["control"].replace(measures=())
+    control = Engine(plan, 1000, Store(None)).run()
+    whole = SparseLowRank(rank=0, density=1.0, start="layer")
+    same = Engine(apply(plan, [whole]), 1000, Store(None)).run()
+    assert same.curves["loss"] == control.curves["loss"]
+    other = Engine(apply(plan, [dataclasses.replace(whole, start="paper")]), 1000, Store(None)).run()
+    assert other.curves["loss"] != control.curves["loss"]
+
+
+def test_smoke_learns_and_says_what_is_stored():
+    plans = STUDY.at("smoke").plans()
+    scores = {arm: Engine(plan, 1000, Store(None)).run().scores for arm, plan in plans.items()}
+    assert all(s["heldout_loss"] < 6.7 for s in scores.values())  # guessing evenly gives 6.93
+    assert scores["sltrain"]["parameters_trained"] < scores["control"]["parameters_trained"]
+    assert scores["frozen"]["parameters_trained"] < scores["frozen"]["parameters_stored"]
+    assert scores["low_rank"]["rank_share"] == pytest.approx(14 / 32)
+    assert scores["sltrain"]["rank_share"] > 14 / 32
+
+
+def test_card():
+    assert card("sltrain").arxiv == "2406.02214"
+    assert (STUDY.primary, STUDY.reference, STUDY.sham) == ("sltrain", "low_rank", "frozen")
+    assert (STUDY.metric, STUDY.direction) == ("heldout_loss", "lower")
