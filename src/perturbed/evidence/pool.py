@@ -161,7 +161,8 @@ def load_file(path: Path) -> ModuleType:
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) == str(path):
         return known
-    if known is not None or importlib.util.find_spec(path.stem) is not None:
+    found = None if known else importlib.util.find_spec(path.stem)
+    if known is not None or (found is not None and found.origin != str(path)):
         raise PlanError(f"{path.name} has the name of another module: rename the file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # so that it can import its neighbours
