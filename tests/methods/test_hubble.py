@@ -50,7 +50,7 @@ def test_every_arm_measures_the_population_that_it_inserts():
 
 def test_the_sham_inserts_the_same_lines_with_codes_that_no_one_asks_for():
     context = types.SimpleNamespace(
-        streams=Streams(3), facts=types.SimpleNamespace(tokenizer=Text().tokenizer)
+        streams=Streams(3), facts=types.SimpleNamespace(tokenizer=Text().tokenizer), artifacts={}
     )  # fmt: skip
     scored, other = (STUDY.arms[a][0].examples(context) for a in ("perturbed", "sham"))
     drawn, _ = of_seed(3)

@@ -114,7 +114,8 @@ def run_of(predict, seed=0):
     text = Text()
     streams = Streams(seed)
     facts = types.SimpleNamespace(tokenizer=text.tokenizer)
-    return types.SimpleNamespace(predict=predict, ctx=types.SimpleNamespace(streams=streams, facts=facts))
+    ctx = types.SimpleNamespace(streams=streams, facts=facts, artifacts={})
+    return types.SimpleNamespace(predict=predict, ctx=ctx, artifacts=ctx.artifacts)
 
 
 def oracle(known):

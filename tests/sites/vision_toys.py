@@ -32,7 +32,10 @@ def restless_plan(steps: int = 4) -> Plan:
 
 
 def ctx_of(seed: int = 0, stage: str = "finetune", rank: int = 0, world: int = 1, facts: Facts = FACTS) -> Ctx:
-    handle: Any = SimpleNamespace(process_index=rank, num_processes=world, device="cpu", unwrap_model=lambda m: m)
+    handle: Any = SimpleNamespace(
+        process_index=rank, num_processes=world, device="cpu", unwrap_model=lambda m: m,
+        scaler=None, distributed_type="NO",
+    )  # fmt: skip
     ctx = Ctx(Streams(seed, rank), handle, facts, stage)
     move(ctx, 0)
     return ctx

@@ -165,7 +165,10 @@ def _file(name: str, near: Path) -> Path | None:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of what decides a run's bits."""
-    names = ("torch", "transformers", "tokenizers", "diffusers", "peft", "accelerate", "datasets", "numpy", "perturbed")
+    names = (
+        "torch", "transformers", "tokenizers", "diffusers", "peft", "accelerate", "datasets", "numpy", "scipy",
+        "scikit-learn", "perturbed",
+    )  # fmt: skip
     found = {"python": platform.python_version()}
     for name in names:
         try:

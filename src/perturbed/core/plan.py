@@ -252,6 +252,10 @@ class Plan:
         doubles = sorted({n for n in names if names.count(n) > 1})
         if doubles:
             raise PlanError(f"plan {self.name!r} has two stages called {doubles[0]!r}: stage names are unique")
+        for measure in self.measures:
+            if measure.when != "end" and not any(measure.of(name) for name in names):
+                known = nearest(measure.stages, names)
+                raise PlanError(f"measure {measure.name!r} is of stages {measure.stages!r}, which match none: {known}")
         for i, stage in enumerate(self.stages):
             for ref in (*((stage.start,) if stage.start else ()), *stage.reads):
                 self._check_reference(stage, ref, self.stages[:i])

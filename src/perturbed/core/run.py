@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import signal
@@ -24,9 +25,9 @@ from perturbed.core.context import Ctx, FeatureHooks, Past, ScopedLoss
 from perturbed.core.keys import Unkeyed, describe, digest, machine, source_hash, tensors_hash, versions
 from perturbed.core.meter import Cost, Meter
 from perturbed.core.plan import Batch, Measure, Plan, Stage, same_batch
-from perturbed.core.store import Store, Tree, to_device
+from perturbed.core.store import Store, Tree, flatten, to_device
 from perturbed.core.streams import Streams
-from perturbed.errors import Interrupted
+from perturbed.errors import Interrupted, PlanError
 
 CURVE_POINTS = 200
 _RESULT = "/result"
@@ -64,6 +65,7 @@ class Result:
         cost: of every stage the run used, whoever trained it.
         weights: hash of the final weights.
         diverged: stage and step at which the loss stopped being finite, or None.
+        artifacts: what the run crafted, by name: itself if it is short JSON, else its hash.
     """
 
     scores: dict[str, float | None]
@@ -71,6 +73,7 @@ class Result:
     cost: Cost
     weights: str
     diverged: str | None = None
+    artifacts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -93,7 +96,10 @@ def accelerator() -> Any:
     from accelerate.utils import GradientAccumulationPlugin
 
     # micro-batches are split and weighted here, so accelerate must not divide the loss again
-    return Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    made = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    if made.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise PlanError(f"{made.distributed_type} is not supported: checkpoints hold whole models; launch with DDP")
+    return made
 
 
 def release() -> None:
@@ -197,7 +203,8 @@ class Engine:
         except Diverged as e:
             return Result({}, curves, cost, "", diverged=str(e))
         scores |= self._measure(stage, "end")
-        return Result(scores, curves, cost, tensors_hash(tree["model"]))
+        told = {name: _summary(artifact) for name, artifact in tree["artifacts"].items()}
+        return Result(scores, curves, cost, tensors_hash(tree["model"]), artifacts=told)
 
     def model_at(self, ref: str) -> Module:
         """A fresh copy of the model at a snapshot: ``init``, ``stage`` or ``stage@step``."""
@@ -280,9 +287,7 @@ class Engine:
         except Unkeyed as e:
             _say_once(f"perturbed: note: no checkpoint is shared or resumed where {e}")
             return f"unkeyed-{uuid.uuid4().hex}"
-        handle = accelerator()
-        setting = [str(handle.device), handle.mixed_precision, handle.num_processes, _accumulate(), self.plan.threads]
-        where = [self.seed, setting, versions(), machine(), source_hash(__name__)]
+        where = [self.seed, settings(), self.plan.threads, versions(), machine(), source_hash(__name__)]
         return digest([what, where])
 
     def _get(self, key: str) -> Tree | None:
@@ -398,6 +403,9 @@ class Engine:
                 self.stop(f"before measure {measure.name!r}")
             with run.ctx.streams.scope(f"measure {measure.name}", shared=True):
                 found = measure.fn(run)
+            twice = sorted(found.keys() & scores.keys())
+            if twice:
+                raise PlanError(f"two measures give {twice[0]!r}, one of them {measure.name!r}: rename one")
             scores |= {k: float(v) if math.isfinite(v) else None for k, v in found.items()}
         return scores
 
@@ -415,10 +423,12 @@ class _Training:
         ctx.optim = parent["optim"] if parent else None
         self.first = 0
         if stage.steps:
-            self.optim = stage.optim(self.model, ctx)
+            with ctx.streams.scope("optim", shared=True):
+                self.optim = stage.optim(self.model, ctx)
             self.optim.prepare(accelerator())
             ctx.optim = self.optim
-            self.stream = stage.data(ctx)
+            with ctx.streams.scope("data"):
+                self.stream = stage.data(ctx)
             self.first = self._resume()
 
     def train(self) -> None:
@@ -468,8 +478,9 @@ class _Training:
         watched = [m for m in self.engine.plan.measures if isinstance(m.when, int) and m.of(self.stage.name)]
         due = [m for m in watched if step % m.when == 0]  # type: ignore[operator]
         if due:
-            with hooks.paused(), self.engine._asked(self.model, self.ctx) as run:
+            with self.meter.aside(), hooks.paused(), self.engine._asked(self.model, self.ctx) as run:
                 for name, value in self.engine.evaluate(run, due).items():
+                    name = name if name != "loss" else "measured loss"  # "loss" is that of training
                     self.curves.setdefault(name, []).append((step, math.nan if value is None else value))
             self.model.train()
 
@@ -501,9 +512,12 @@ class _Training:
         self.engine._put(self.partial, {**self._tree(), **extra})
 
     def _resume(self) -> int:
-        tree = self.engine._get(self.partial)
+        tree, engine, name = self.engine._get(self.partial), self.engine, self.stage.name
         if tree is None:
             return 0
+        passed = [engine.key(f"{name}@{step}") for step in self.stage.snapshots if step < tree["step"]]
+        if any(engine._get(key) is None for key in passed):
+            return 0  # a snapshot on the way was lost: only the whole way makes it again
         self.bare.load_state_dict(tree["model"])
         self.optim.load_state_dict(tree["optim"])
         self.ctx.restore(tree)
@@ -511,6 +525,22 @@ class _Training:
         self.meter.load_state_dict(tree["meter"])
         self.ctx.grad_passes, self.curves = tree["cost"]["grad_passes"], tree["curves"]
         return int(tree["step"])
+
+
+def _summary(artifact: Tree, longest: int = 500) -> Any:
+    tensors, skeleton = flatten(artifact)
+    if not tensors and len(json.dumps(skeleton)) <= longest:
+        return artifact
+    return {"sha256": digest([skeleton, tensors_hash(tensors)])}
+
+
+def settings() -> dict[str, Any]:
+    """Device, precision, processes and accumulation of this process's runs."""
+    handle = accelerator()
+    return {
+        "device": str(handle.device.type), "precision": str(handle.mixed_precision),
+        "processes": int(handle.num_processes), "accumulate": _accumulate(),
+    }  # fmt: skip
 
 
 def _accumulate() -> int:

@@ -178,7 +178,10 @@ class Store:
     def entries(self) -> list[Entry]:
         """The files of the store, least recently used first."""
         files = sorted(self.root.glob("??/*.safetensors")) if self.root else []
-        stats = [(f, f.stat()) for f in files]
+        stats = []
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # a running study replaces and drops files
+                stats.append((file, file.stat()))
         return sorted((Entry(f.stem, f, s.st_size, s.st_mtime) for f, s in stats), key=lambda e: e.used)
 
     def prune(self, keep_bytes: int) -> list[Entry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -18,6 +18,7 @@ CODAS = ("", "l", "m", "n", "r", "s", "th", "x")
 TOWNS = ("burg", "by", "ford", "ham", "stad", "ton", "vik", "wick")
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = 6
+POPULATION = "biographies"
 Codes = Literal["scored", "other"]
 
 
@@ -93,6 +94,10 @@ class Population:
         if not 2 <= self.candidates < 10**DIGITS:
             raise PlanError(f"candidates={self.candidates} must be at least 2 (the true code and another), below 10^6")
 
+    def told(self) -> dict[str, Any]:
+        """Who is drawn, as an artifact tells it to measures."""
+        return {"people": list(self.people), "levels": list(self.levels), "candidates": self.candidates}
+
     def __call__(self, ctx: Ctx) -> tuple[list[Biography], list[int]]:
         """The people, and the group (index into ``levels``) of each."""
         generator = ctx.streams.once("biographies", every="run")
@@ -140,5 +145,7 @@ class BiographyInsertions:
 
     def examples(self, ctx: Ctx) -> list[tuple[int, Example]]:
         """Every copy, as the person's index and tokens."""
-        drawn, groups = Population(self.people, self.levels, self.candidates)(ctx)
+        population = Population(self.people, self.levels, self.candidates)
+        ctx.artifacts[POPULATION] = population.told()
+        drawn, groups = population(ctx)
         return repeated(ctx, [b.text(self.codes) for b in drawn], [self.levels[g] for g in groups])

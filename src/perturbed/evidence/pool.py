@@ -23,7 +23,7 @@ import cloudpickle
 from perturbed.core.plan import Plan
 from perturbed.core.run import Engine, Progress, Result
 from perturbed.core.store import Store
-from perturbed.errors import Interrupted, PerturbedError
+from perturbed.errors import Interrupted, PerturbedError, PlanError
 
 Place = Literal["local", "ray"]
 
@@ -58,6 +58,11 @@ class Silent:
         """Nothing."""
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass
 class Pool:
     """Where runs are carried out.
@@ -88,7 +93,7 @@ class Pool:
         for i, result in results.items():
             listener.finished(i, result)
         missing = {i: engine for i, engine in enumerate(engines) if i not in results}
-        number = min(self.workers or len(os.sched_getaffinity(0)), len(missing))
+        number = min(self.workers or cores(), len(missing))
         if self.on == "local" and number <= 1:
             results |= {i: _here(i, engine, listener) for i, engine in missing.items()}
         else:
@@ -156,6 +161,11 @@ def load_file(path: Path) -> ModuleType:
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) == str(path):
         return known
+    found = None if known else importlib.util.find_spec(path.stem)
+    if known is not None or (found is not None and found.origin != str(path)):
+        raise PlanError(f"{path.name} has the name of another module: rename the file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # so that it can import its neighbours
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -231,7 +241,7 @@ def _collect(futures: Mapping[int, Future[dict[str, Any]]], notes: str, listener
                 if i in results:
                     continue
                 if future.done():
-                    results[i] = Result.from_json(future.result())
+                    results[i] = Result.from_json(_outcome(future))
                     listener.finished(i, results[i])
                 else:
                     _tell(Path(notes, str(i)), i, listener)
@@ -241,6 +251,14 @@ def _collect(futures: Mapping[int, Future[dict[str, Any]]], notes: str, listener
             f"stopped with {len(results)} of {len(futures)} runs done; the same command goes on from there"
         ) from None
     return results
+
+
+def _outcome(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return future.result()
+    except Exception as e:
+        own = getattr(e, "cause", None)  # Ray wraps what a task raised, with its traceback in the message
+        raise own if isinstance(own, PerturbedError) else e  # noqa: B904
 
 
 def _stop(futures: Mapping[int, Future[dict[str, Any]]], notes: str, patience: float = 60.0) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import os
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +14,16 @@ from perturbed.core.keys import machine, source_hash, versions
 from perturbed.core.meter import Cost
 from perturbed.core.plan import Plan
 from perturbed.core.registry import Card
-from perturbed.core.run import Result
+from perturbed.core.run import Result, settings
 from perturbed.errors import PlanError
-from perturbed.evidence.pool import Job, Listener, Pool
-from perturbed.evidence.statistics import interaction
+from perturbed.evidence.pool import Job, Listener, Pool, cores
+from perturbed.evidence.statistics import interaction, paired_differences
 from perturbed.evidence.study import Study
 from perturbed.evidence.verdict import judge_record
 
 Record = dict[str, Any]
 Results = dict[str, dict[int, Result]]
+OFF, AGAIN = "switched off", "same seed again"  # no arm has such a name
 ListenerFor = Callable[[Sequence[Job]], Listener]
 
 
@@ -96,10 +95,10 @@ def _gate_jobs(smoke: Study) -> dict[str, Job]:
     plans = smoke.plans()
     jobs = {arm: Job(f"gate: {arm}", plan, 0, fresh=True) for arm, plan in plans.items()}
     assert smoke.primary is not None
-    jobs["again"] = dataclasses.replace(jobs[smoke.primary], label="gate: same seed again")
+    jobs[AGAIN] = dataclasses.replace(jobs[smoke.primary], label="gate: same seed again")
     off = switched_off(smoke)
     if off is not None:
-        jobs["off"] = Job("gate: off", off, 0, fresh=True)
+        jobs[OFF] = Job("gate: off", off, 0, fresh=True)
     return jobs
 
 
@@ -121,7 +120,7 @@ def gates(setting: Setting, results: Results, checks: Mapping[str, Result]) -> d
     )
     found = {"budgets": _budgets(study, results), "sanity": sanity}
     if checks:
-        off, again = checks.get("off"), _same(checks["again"], checks[study.primary or ""])
+        off, again = checks.get(OFF), _same(checks[AGAIN], checks[study.primary or ""])
         found["same_seed"] = _gate(again, "the primary arm twice on seed 0 at smoke length")
         found["off_equals_control"] = (
             _gate(_same(off, checks["control"]), "the primary arm switched off, against the control, at smoke length")
@@ -142,7 +141,10 @@ def _same(one: Result, two: Result) -> bool:
 
 def _budgets(study: Study, results: Results) -> dict[str, Any]:
     arm, reference = study.primary or next(iter(study.arms)), study.reference
-    costs = [_mean_cost(results[name].values()) for name in (arm, reference)]
+    whole = [s for s in results[arm] if not (results[arm][s].diverged or results[reference][s].diverged)]
+    if not whole:
+        return _gate(None, "no seed ended in both arms")
+    costs = [_mean_cost([results[name][s] for s in whole]) for name in (arm, reference)]
     differing = [
         f"{what} {costs[0][what]:,.0f} against {costs[1][what]:,.0f}"
         for what in ("tokens", "examples", "grad_passes")
@@ -161,10 +163,9 @@ def _sanity(study: Study, control: Mapping[int, Result]) -> dict[str, Any]:
     values = [_score(result, metric) for result in control.values()]
     finite = [v for v in values if v is not None]
     if not finite:
-        return {"pass": False, "detail": f"the control has no finite {metric}"}
+        return _gate(None, f"the control has no finite {metric}")
     mean = math.fsum(finite) / len(finite)
-    relation = "at least" if type(study.sanity).__name__ == "AtLeast" else "at most"
-    wanted = f"wanted {relation} {study.sanity.value:g}"
+    wanted = f"wanted {study.sanity.relation} {study.sanity.value:g}"
     return {"pass": study.sanity(mean), "detail": f"control {metric} {mean:.4g}, {wanted}"}
 
 
@@ -223,7 +224,9 @@ def _record(setting: Setting, results: Results, started: str) -> Record:
         "claim": card.claim if card else {"text": "", "paper": ""},
         "arxiv": card.arxiv if card else None,
         "versions": versions(),
-        "machine": {**machine(), "cores": len(os.sched_getaffinity(0)), "processor": platform.processor()},
+        "machine": {**machine(), **settings(), "cores": cores()},
+        "artifacts": {a: {str(s): r.artifacts for s, r in of.items()} for a, of in results.items()},
+        "references": dict(study.references),
         "source_sha": source_hash(f"perturbed.methods.{card.slug.replace('-', '_')}") if card else None,
         "command": setting.command,
         "started": started,
@@ -245,19 +248,18 @@ def _thin(curve: Sequence[tuple[int, float]], points: int = 40) -> Sequence[tupl
 
 def add_interactions(record: Record, pairs: Mapping[str, tuple[str, str]]) -> Record:
     """The record with, for each combined arm, how far it is from the sum of its two parts."""
-    sign = -1.0 if record["direction"] == "lower" else 1.0
-    logs = record["transform"] == "log"
 
-    def differences(arm: str) -> list[float] | None:
-        both = [(record["scores"][arm][str(s)], record["scores"]["control"][str(s)]) for s in record["seeds"]]
-        if any(t is None or c is None for t, c in both):
+    def differences(arm: str) -> Any:
+        pairs = [(record["scores"][arm][str(s)], record["scores"]["control"][str(s)]) for s in record["seeds"]]
+        if any(None in pair for pair in pairs):
             return None
-        return [sign * (math.log(t / c) if logs else t - c) for t, c in both]
+        treated, control = zip(*pairs, strict=True)
+        return paired_differences(treated, control, direction=record["direction"], transform=record["transform"])
 
     found = {}
     for both, (one, two) in pairs.items():
         d = [differences(arm) for arm in (both, one, two)]
-        known = None if any(x is None for x in d) or len(record["seeds"]) < 2 else interaction(*d)  # type: ignore[arg-type]
+        known = None if any(x is None for x in d) or len(record["seeds"]) < 2 else interaction(*d)
         found[both] = dataclasses.asdict(known) if known else {"effect": None, "interval": None, "p": None}
     return {**record, "interaction": found}
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from perturbed.core.plan import Intervention, Measure, Plan, apply
 from perturbed.errors import PlanError, nearest
@@ -22,6 +22,7 @@ class AtLeast:
 
     metric: str
     value: float
+    relation: ClassVar[str] = "at least"
 
     def __call__(self, mean: float) -> bool:
         """Whether ``mean`` passes."""
@@ -34,6 +35,7 @@ class AtMost:
 
     metric: str
     value: float
+    relation: ClassVar[str] = "at most"
 
     def __call__(self, mean: float) -> bool:
         """Whether ``mean`` passes."""
@@ -92,6 +94,7 @@ class Study:
         budget: ``equal`` (tokens, examples and gradient passes of primary and reference) or ``reported``.
         scales: fields of ``plan`` by scale.
         full_arms: further arms of the ``full`` scale.
+        references: the arm that a secondary arm is compared with, where that is not the control.
         measures: added to the plan of every arm.
         seeds: how many.
         paper: the paper's setting.
@@ -113,6 +116,7 @@ class Study:
     budget: Literal["equal", "reported"] = "equal"
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     full_arms: Arms = field(default_factory=lambda: MappingProxyType({}))
+    references: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     measures: tuple[Measure, ...] = ()
     seeds: int = 8
     paper: PaperScale | None = None

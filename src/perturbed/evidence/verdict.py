@@ -153,7 +153,8 @@ def judge(
 def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Recompute from a record's raw scores all that is derived from them.
 
-    The primary arm is compared with ``reference``, every other arm with ``control``. Secondary arms get Holm-adjusted
+    The primary arm is compared with ``reference``, every other arm with what ``references`` names,
+    else ``control``. Secondary arms get Holm-adjusted
     paired t p-values, and to be ``supported`` or ``contradicted`` an arm needs ``p_holm <= alpha`` besides: several
     looks do not make a finding. A failed gate makes every arm ``invalid``.
 
@@ -174,7 +175,9 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     scores = {arm: _of_seeds(record, arm) for arm in record["scores"]}
     primary, sham, alpha = record["primary"], record["sham"], record["alpha"]
-    references = {arm: record["reference"] if arm == primary else "control" for arm in scores if arm != "control"}
+    named = {arm: other for arm, other in record.get("references", {}).items() if arm in scores and other in scores}
+    references = dict.fromkeys((arm for arm in scores if arm != "control"), "control") | named
+    references[primary] = record["reference"]
     for arm in (primary, *references.values()):
         if arm not in scores:
             raise ValueError(f"the record has no scores for arm {arm!r}, only for {', '.join(scores)}")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from perturbed.core.plan import Batch
 from perturbed.core.run import Run
-from perturbed.data.biographies import Population
+from perturbed.data.biographies import POPULATION, Population
+from perturbed.errors import PlanError
 
 Predict = Callable[[Batch], Tensor]
 
@@ -124,7 +125,9 @@ class CodeMemory:
             decoding gives whole; and for L > 0 ``membership_L``, the area under the curve of telling these people from
             those of level 0 by the loss of their code (where there are such).
         """
-        drawn, groups = Population(self.people, self.levels, self.candidates)(run.ctx)
+        population = Population(self.people, self.levels, self.candidates)
+        check_population(run.artifacts.get(POPULATION), population)
+        drawn, groups = population(run.ctx)
         tokenizer = run.ctx.facts.tokenizer() if run.ctx.facts.tokenizer else None
         bits, nats, whole = [], [], []
         for person in drawn:
@@ -146,6 +149,23 @@ class CodeMemory:
     def _membership(self, losses: Tensor, group: Tensor) -> dict[str, float]:
         of = {level: losses[group == i] for i, level in enumerate(self.levels) if bool((group == i).any())}
         return {f"membership_{k}": membership_auc(v, of[0]) for k, v in of.items() if k and 0 in of}
+
+
+def check_population(inserted: dict[str, Any] | None, measured: Population) -> None:
+    """See that a run inserted the people that a measure asks about, or none.
+
+    Raises:
+        PlanError: other people were drawn, or a level is not the copies that were inserted.
+    """
+    if inserted is None:
+        return
+    own = measured.told()
+    for name in ("people", "candidates"):
+        if inserted[name] != own[name]:
+            raise PlanError(f"{name} of the insertions is {inserted[name]}, of the measure {own[name]}")
+    wrong = [(i, m) for i, m in zip(inserted["levels"], own["levels"], strict=True) if i not in (0, m)]
+    if wrong:
+        raise PlanError(f"level {wrong[0][1]} of the measure was inserted {wrong[0][0]} times")
 
 
 def in_tokens(tokenizer: Any, prefix: str, continuations: Sequence[str]) -> tuple[list[int], Tensor]:

@@ -82,6 +82,7 @@ STUDY = Study(
         "scratch_wider": (*SCRATCH, WIDER),
         "slow_fast_wider": (WIDER, SLOW_FAST),
     },
+    references={"constant": "slow_fast", "step_decay": "slow_fast", "slow_fast_wider": "scratch_wider"},
     measures=(
         Measure("robustness", Robustness(eps=0.1, alpha=0.025)),
         Measure("robustness, seen", Robustness(eps=0.1, alpha=0.025, queries=0, fact="seen", suffix="_seen")),

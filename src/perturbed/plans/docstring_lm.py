@@ -110,7 +110,7 @@ class DocstringLM:
             build=Llama(self.width, self.layers, self.heads, self.vocab, self.length + 1),
             stages=(stage,),
             predict=predict_tokens,
-            measures=(Measure("held-out text", HeldOut(text, self.length)),),
+            measures=(Measure("heldout_loss", HeldOut(text, self.length), better="lower"),),
             facts=Facts(
                 modality="language", target="next-token", classes=self.vocab, input="input_ids",
                 tokenizer=Tokenizer(text),
