@@ -3,13 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
 
 from perturbed.core.plan import apply
 from perturbed.core.registry import card
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
 from perturbed.methods.sltrain import STUDY
-from perturbed.weights.sparse_low_rank import SparseLowRank, SparseLowRankLinear
+from perturbed.weights.sparse_low_rank import SparseLowRank, SparseLowRankLinear, merged
 
 
 def at_start(arm, study=STUDY):
@@ -27,9 +28,10 @@ def block(model):
 
 
 def test_arms_train_as_many_numbers_as_the_docstring_says():
-    sizes = {arm: block(at_start(arm)) for arm in ("control", "low_rank", "sltrain", "frozen", "sparse")}
+    arms = ("control", *STUDY.arms, "low_rank_zero")
+    sizes = {arm: block(at_start(arm)) for arm in arms}
     assert sizes["control"] == 4 * 96 * 96 + 3 * 96 * 256 == 110_592
-    assert sizes["low_rank"] == sizes["frozen"] == 4 * 14 * 192 + 3 * 14 * 352 == 25_536
+    assert sizes["low_rank"] == sizes["low_rank_zero"] == sizes["frozen"] == 4 * 14 * 192 + 3 * 14 * 352 == 25_536
     assert sizes["sltrain"] == 4 * (12 * 192 + 276) + 3 * (12 * 352 + 737) == 25_203
     assert sizes["sltrain"] < sizes["low_rank"] < 1.02 * sizes["sltrain"], "the reference is not the smaller"
     assert sizes["sparse"] == pytest.approx(sizes["sltrain"], rel=2e-3)
@@ -63,23 +65,50 @@ def test_the_sham_has_the_same_entries_at_the_same_places():
 
 
 def test_all_entries_and_no_product_is_the_control_bit_for_bit():
-    plan = STUDY.at("smoke").plans()["control"].replace(measures=())
+    plan = STUDY.at("smoke").plans()["control"]
     control = Engine(plan, 1000, Store(None)).run()
     whole = SparseLowRank(rank=0, density=1.0, start="layer")
     same = Engine(apply(plan, [whole]), 1000, Store(None)).run()
     assert same.curves["loss"] == control.curves["loss"]
+    assert same.scores == control.scores
     other = Engine(apply(plan, [dataclasses.replace(whole, start="paper")]), 1000, Store(None)).run()
     assert other.curves["loss"] != control.curves["loss"]
 
 
-def test_smoke_learns_and_says_what_is_stored():
+def test_low_rank_begins_random_or_at_zero():
+    for arm, zero in (("low_rank", False), ("low_rank_zero", True)):
+        layers = [m for m in at_start(arm).modules() if isinstance(m, SparseLowRankLinear)]
+        assert len(layers) == 14
+        for layer in layers:
+            assert layer.values is None
+            assert bool((layer.weight == 0).all()) == zero
+            assert bool((layer.down == 0).any()) is False
+
+
+def test_smoke_learns_stores_no_dense_weight_and_merges_with_identical_logits():
     plans = STUDY.at("smoke").plans()
-    scores = {arm: Engine(plan, 1000, Store(None)).run().scores for arm, plan in plans.items()}
+    engines = {arm: Engine(plan, 1000, Store(None)) for arm, plan in plans.items()}
+    scores = {arm: engine.run().scores for arm, engine in engines.items()}
     assert all(s["heldout_loss"] < 6.7 for s in scores.values())  # guessing evenly gives 6.93
     assert scores["sltrain"]["parameters_trained"] < scores["control"]["parameters_trained"]
     assert scores["frozen"]["parameters_trained"] < scores["frozen"]["parameters_stored"]
     assert scores["low_rank"]["rank_share"] == pytest.approx(14 / 32)
     assert scores["sltrain"]["rank_share"] > 14 / 32
+
+    tree = engines["sltrain"].snapshot("pretrain")
+    saved = {n: t for n, t in tree["model"].items() if ".layers." in n and "norm" not in n}
+    assert {n.rpartition(".")[2] for n in saved} == {"up", "down", "values", "support"}
+    dense = engines["control"].model_at("init").eval()  # the plain class, which knows nothing of the layers
+    whole = {n.removesuffix(".weight"): p.numel() for n, p in dense.named_parameters()}
+    assert all(t.numel() < whole[n.rpartition(".")[0]] for n, t in saved.items())
+    moments = [m["exp_avg"].numel() for m in tree["optim"]["state"].values()]
+    assert sum(moments) == scores["sltrain"]["parameters_trained"]
+
+    model = engines["sltrain"].model_at("pretrain").eval()
+    ids = torch.arange(60).view(2, 30)
+    assert not torch.equal(dense(ids).logits, model(ids).logits)
+    dense.load_state_dict(merged(model).state_dict())
+    assert torch.equal(dense(ids).logits, model(ids).logits)
 
 
 def test_card():

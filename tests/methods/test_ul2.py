@@ -12,18 +12,21 @@ from perturbed.objectives.denoising import DENOISERS, Denoised
 from perturbed.objectives.language import next_token_loss
 
 
-def test_arms_differ_in_the_loss_and_nothing_else():
+def test_arms_differ_in_the_loss_and_its_rate_and_nothing_else():
     plans = STUDY.at("full").plans()
     stages = {arm: plan.stages[0] for arm, plan in plans.items()}
     for arm, stage in stages.items():
         if arm != "control":
             assert isinstance(stage.loss, Denoised)
             assert stage.loss.inner is next_token_loss
-        for slot in ("steps", "data", "optim", "inputs", "features", "weights", "update"):
+            assert stage.optim.inner == stages["control"].optim, "the rate apart"
+        for slot in ("steps", "data", "inputs", "features", "weights", "update"):
             assert getattr(stage, slot) == getattr(stages["control"], slot)
         assert plans[arm].measures == plans["control"].measures
     mixtures = {arm: s.loss.mixture for arm, s in stages.items() if arm != "control"}
     assert {arm: m.mode for arm, m in mixtures.items() if m.mode != "own"} == {"sham": "random", "no_mode": "none"}
+    rates = {arm: STUDY.at("full").arms[arm][1] for arm in mixtures}
+    assert rates["sham"] == rates["mixture"]
     assert mixtures["sham"].weights == mixtures["no_mode"].weights == mixtures["mixture"].weights
     assert {arm for arm, m in mixtures.items() if m.share != 1} == {"span_and_lm"}
 

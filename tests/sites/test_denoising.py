@@ -1,4 +1,4 @@
-"""Denoising: spans as their laws say, nothing lost in corruption, no token that sees what it must not, losses by hand."""
+"""Denoising: spans follow their laws, corruption loses nothing, no token sees what it must not, losses by hand."""
 
 import collections
 import dataclasses
@@ -121,7 +121,7 @@ def test_counts_are_those_of_the_papers_settings():
 def test_spans_hide_what_they_should(denoiser, length, seed):
     spans = denoiser.spans(length, generator(seed))
     assert len(spans) == denoiser.count(length)
-    assert 0 <= spans[0][0]
+    assert spans[0][0] >= 0
     assert spans[-1][1] <= length
     assert all(a < b for a, b in spans)
     assert all(b < c for (_, b), (c, _) in itertools.pairwise(spans))
@@ -346,7 +346,7 @@ def test_off_and_half_and_whole_on_a_plan():
     assert runs[0.0].weights == control.weights
     assert len({r.weights for r in runs.values()}) == 3
     assert runs[1.0].cost.tokens == control.cost.tokens
-    assert runs[1.0].cost.flops == pytest.approx(control.cost.flops, rel=1e-3), "a denoiser reads as much as the control"
+    assert runs[1.0].cost.flops == pytest.approx(control.cost.flops, rel=1e-3), "a denoiser reads as much"
 
 
 def letters_tokenizer():
@@ -476,4 +476,3 @@ def test_fine_tuning_tells_documents_apart_and_leaves_the_model_alone():
     assert untouched["label_loss"] > 5
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-

@@ -192,6 +192,7 @@ def test_whole_support_without_product_is_a_dense_layer():
     whole = SparseLowRank(rank=0, density=1.0, start="layer").layer(dense, generator())
     x = torch.randn(3, 5, 10)
     assert torch.equal(whole(x), dense(x))
+    assert set(whole.state_dict()) == {"values"}
     for module in (whole, dense):
         module(x).square().sum().backward()
     assert torch.equal(whole.values.grad.view(7, 10), dense.weight.grad)
@@ -341,6 +342,16 @@ def test_precision_device_and_bias_are_those_of_the_layer():
     assert torch.equal(new.weight.flatten()[new.support], old.weight.flatten()[new.support])
     paper = SparseLowRank(rank=2, density=0.5).layer(old, generator())
     assert not torch.equal(paper.bias, old.bias)
+
+
+def test_a_product_alone_can_begin_at_zero_and_trains_all_the_same():
+    made = SparseLowRank(rank=2, density=0.0, start="zero").layer(nn.Linear(10, 7, bias=False), generator())
+    assert bool((made.weight == 0).all())
+    (made(torch.randn(4, 10)) - 1).square().sum().backward()
+    assert bool((made.up.grad != 0).any())
+    random = SparseLowRank(rank=2, density=0.0).layer(nn.Linear(10, 7, bias=False), generator())
+    assert torch.equal(random.down, made.down)
+    assert bool((random.up != 0).all())
 
 
 def test_impossible_settings_are_told():

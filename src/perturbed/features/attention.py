@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.nn import Module
+from torch.nn import Module, ModuleDict, ModuleList
 from torch.overrides import TorchFunctionMode
 
 from perturbed.errors import PlanError, nearest
@@ -30,15 +30,16 @@ Kind = Literal["identity", "mask", "noise", "blur"]
 
 
 def matching(model: Module, where: str) -> list[Module]:
-    """The outermost modules whose dotted names match the glob.
+    """The outermost modules whose dotted names match the glob, mere lists of modules aside (they are never called).
 
     Raises:
         PlanError: none does.
     """
     names = dict(model.named_modules())
-    hit = [name for name in names if name and fnmatch.fnmatchcase(name, where)]
+    called = [name for name, module in names.items() if not isinstance(module, ModuleList | ModuleDict)]
+    hit = [name for name in called if name and fnmatch.fnmatchcase(name, where)]
     if not hit:
-        raise PlanError(f"glob {where!r} matches no module: {nearest(where, names)}")
+        raise PlanError(f"glob {where!r} matches no module: {nearest(where, called)}")
     held = set(hit)
     parents = {name: [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)] for name in hit}
     return [names[name] for name in hit if not held.intersection(parents[name])]
@@ -120,6 +121,11 @@ def edited_attention(model: Module, modules: Sequence[Module], edit: Edit) -> It
         )
 
 
+def identity_map(query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+    """An ``Edit``: every token attends to itself alone, so that the values come out."""
+    return value
+
+
 def probabilities(query: Tensor, key: Tensor) -> Tensor:
     """Attention maps softmax(q k^T / sqrt d) [B, H, T, T], rows summing to 1, of an attention without a mask."""
     return (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
@@ -146,7 +152,8 @@ class Disturb:
 
     ``identity``: (1 - u) A + u I, that is a blend of the output with the values; no map is computed for it.
     ``mask``: each key but the query's own hidden with probability u, so u = 1 is the identity again.
-    ``noise``: A + u N with standard normal N. ``blur``: (1 - u) A + u times A under a Gaussian of 5 taps.
+    ``noise``: A + u N with standard normal N. ``blur``: (1 - u) A + u times A under a Gaussian of 5 taps. ``mask`` and
+    ``blur`` are for attention that has no mask of its own, as that of image models.
 
     Args:
         kind: of those four.

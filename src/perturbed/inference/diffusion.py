@@ -27,16 +27,6 @@ class DDIM:
     steps: int = 20
     clip: bool = True
 
-    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
-        """The timesteps visited, from the last one down.
-
-        Raises:
-            PlanError: there are more steps than timesteps.
-        """
-        if not 1 <= self.steps <= schedule.steps:
-            raise PlanError(f"DDIM: steps={self.steps} must be between 1 and the schedule's {schedule.steps}")
-        return [round(schedule.steps * n / self.steps) - 1 for n in range(self.steps, 0, -1)]
-
     @torch.no_grad()
     def __call__(
         self, predict: Callable[[Batch], Tensor], noise: Tensor, labels: Tensor, schedule: NoiseSchedule
@@ -48,17 +38,22 @@ class DDIM:
             noise: what sampling begins with, standard normal [B, C, H, W].
             labels: classes [B].
             schedule: that of the training.
+
+        Raises:
+            PlanError: there are more steps than timesteps.
         """
-        kept, times = schedule.kept().to(noise.device), self.timesteps(schedule)
+        from diffusers import DDIMScheduler
+
+        if not 1 <= self.steps <= schedule.steps:
+            raise PlanError(f"DDIM: steps={self.steps} must be between 1 and the schedule's {schedule.steps}")
+        scheduler = DDIMScheduler(
+            num_train_timesteps=schedule.steps, beta_schedule=schedule.kind, timestep_spacing="trailing",
+            clip_sample=self.clip,
+        )  # fmt: skip
+        scheduler.set_timesteps(self.steps)
         x = noise
-        for time, following in zip(times, [*times[1:], -1], strict=True):
-            now = kept[time]
-            then = kept[following] if following >= 0 else torch.ones_like(now)
-            at = torch.full((len(x),), time, dtype=torch.long, device=x.device)
+        for time in scheduler.timesteps:
+            at = torch.full((len(x),), int(time), dtype=torch.long, device=x.device)
             seen = predict({NOISY: x, TIMESTEPS: at, LABELS: labels})
-            clean = (x - (1 - now).sqrt() * seen) / now.sqrt()
-            if self.clip:
-                clean = clean.clamp(-1, 1)
-                seen = (x - now.sqrt() * clean) / (1 - now).sqrt()
-            x = then.sqrt() * clean + (1 - then).sqrt() * seen
+            x = scheduler.step(seen, int(time), x, use_clipped_model_output=self.clip).prev_sample
         return x

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from perturbed.core.context import Ctx
 from perturbed.core.plan import Batch, Plan, PredictFn, Site
 from perturbed.errors import PlanError, nearest
-from perturbed.features.attention import KINDS, Disturb, Kind, edited_attention, matching
+from perturbed.features.attention import KINDS, Disturb, Edit, Kind, edited_attention, identity_map, matching
 from perturbed.objectives.diffusion import LABELS, unlabelled
 
 
@@ -30,7 +31,8 @@ class Prefix:
 
     A second pass on the same input gives the same up to there, whatever the architecture: a module that finished
     earlier is replaced by its output, so only what lies between modules is computed again. Outputs are held by the
-    largest module that has finished. Needs a model without randomness (eval mode) and holds those activations.
+    largest module that has finished; one that was written over since is computed anew. Needs a model without randomness
+    (eval mode) and holds those activations.
 
     Args:
         model: the model, put back as it was when a block is left.
@@ -39,12 +41,13 @@ class Prefix:
 
     def __init__(self, model: Module, stops: Iterable[Module]):
         self.model, self.stops = model, set(stops)
-        self._kept: list[tuple[Module, Any]] = []
+        self._kept: list[tuple[Module, Any, list[int]]] = []
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """The pass inside is the first; its outputs are kept."""
-        self._kept, over = [], False
+        # inference mode does not tell what is written over, so that nothing may be kept
+        self._kept, over = [], torch.is_inference_mode_enabled()
 
         def record(module: Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -53,7 +56,7 @@ class Prefix:
                 before = len(self._kept)
                 output = forward(*args, **kwargs)
                 if not over:
-                    self._kept[before:] = [(module, output)]
+                    self._kept[before:] = [(module, output, _versions(output))]
                 return output
 
             return run
@@ -64,20 +67,39 @@ class Prefix:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """The pass inside takes what was kept, in the order in which it was computed."""
-        outputs: dict[Module, list[Any]] = {}
-        for module, output in self._kept:
-            outputs.setdefault(module, []).append(output)
+        outputs: dict[Module, list[tuple[Any, list[int]]]] = {}
+        for module, output, versions in self._kept:
+            outputs.setdefault(module, []).append((output, versions))
+        anew = False
 
         def replay(module: Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             left = outputs[module].copy()
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                return left.pop(0) if left else forward(*args, **kwargs)
+                nonlocal anew
+                if anew or not left:
+                    return forward(*args, **kwargs)
+                output, versions = left.pop(0)
+                if _versions(output) == versions:
+                    return output
+                anew = True
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    anew = False
 
             return run
 
         with _forwards(outputs, replay):
             yield
+
+
+def _versions(output: Any) -> list[int]:
+    """How often each tensor in an output was written to in place (torch's own count)."""
+    if isinstance(output, Tensor):
+        return [output._version]
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return [version for item in items for version in _versions(item)]
 
 
 @contextmanager
@@ -95,7 +117,69 @@ def _forwards(modules: Iterable[Module], wrap: Callable[[Module, Callable[..., A
         yield
 
 
-# --- guidance ---------------------------------------------------------------------------------------------------------
+# --- for any model, without a plan ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def perturbed_attention(
+    model: Module, scale: float = 1.0, where: str = "mid_block.attentions.*", edit: Edit = identity_map
+) -> Iterator[None]:
+    """Inside, a call of the model gives its output guided away from that with spoiled self-attention maps (PAG).
+
+    For the denoiser of a Diffusers pipeline, whatever its sampler. output + scale * (output - spoiled output) is the
+    same guidance of noise, velocity and clean image, for each is linear in the others at one x_t. Channels beyond those
+    of the input (a learned variance) are left as they are. Where a pipeline puts labelled and unlabelled copies into
+    one batch, each is guided by itself before the pipeline combines them.
+
+    Args:
+        model: in eval mode; as it was once the block is left.
+        scale: s; 0 gives the model's own output.
+        where: glob of the layers to spoil, such as ``transformer_blocks.5.attn1``.
+        edit: what is done to their attention; by default every token attends to itself alone.
+
+    Raises:
+        PlanError: the glob matches nothing, no attention is computed there, or the model is in training mode.
+    """
+    modules = matching(model, where)
+    prefix = Prefix(model, modules)
+
+    def guided(module: Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            _check_eval(model)
+            with prefix.recorded():
+                good = forward(*args, **kwargs)
+            with prefix.replayed(), edited_attention(model, modules, edit):
+                bad = _first(forward(*args, **kwargs))
+            whole = _first(good).clone()
+            channels = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).shape[1]
+            whole[:, :channels] = combine(whole[:, :channels], whole[:, :channels], bad[:, :channels], scale)
+            return _with_first(good, whole)
+
+        return run
+
+    with _forwards([model], guided):
+        yield
+
+
+def _check_eval(model: Module) -> None:
+    if model.training:
+        raise PlanError("guidance compares two passes of one model: put it in eval mode first (model.eval())")
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
+def _with_first(output: Any, first: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return first
+    if isinstance(output, tuple):
+        return (first, *output[1:])
+    return replace(output, **{fields(output)[0].name: first})
+
+
+# --- guidance of a plan's prediction ----------------------------------------------------------------------------------
 
 
 class Worse(Protocol):
@@ -143,8 +227,7 @@ class Guided:
         Raises:
             PlanError: the model is in training mode, so that its passes may differ by chance.
         """
-        if model.training:
-            raise PlanError("guidance compares two passes of one model: put it in eval mode first (model.eval())")
+        _check_eval(model)
         bare = ctx.accelerator.unwrap_model(model)
         changed = [worse.changed(bare) for worse in self.away]
         prefix = Prefix(bare, [m for modules in changed for m in modules])

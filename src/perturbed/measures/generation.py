@@ -106,7 +106,7 @@ def sampled(run: Run, number: int, sampler: DDIM, *, labelled: bool, chunk: int 
         labelled: tell the model the class, each in turn; else it samples without labels.
         chunk: most samples at a time.
     """
-    facts, rng = run.ctx.facts, run.ctx.rng("samples begin", every="run")
+    facts, rng = run.ctx.facts, run.ctx.streams.once("samples begin", every="run")
     real = next(examples(run, "held_out"))[facts.input or ""]
     noise = torch.randn((number, *real.shape[1:]), generator=rng).to(real)
     classes = torch.arange(number, device=real.device) % (facts.classes or 1)

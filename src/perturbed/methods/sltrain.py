@@ -11,13 +11,14 @@ at 0, so that training begins from the sparse part.
 The claim under test is that the few sparse entries are worth more than the rank that they cost. So the reference is
 ``low_rank``, W = B A with both factors random at the start, of rank 14 against r = 12 and delta = 0.03: 1.3 % more
 trained numbers in the blocks than ``sltrain`` (25,536 a block against 25,203, of 110,592 in the full matrices). The
-control is full rank. The sham ``frozen`` has the same sparse entries untrained, and the low rank's 14: what it gains
-over low rank comes of a start with a full-rank random part, not of training it.
+control is full rank, ``sparse`` has entries alone, as many as SLTrain trains numbers. The sham ``frozen`` has the same
+sparse entries untrained, and the low rank's 14: what it gains over low rank comes of SLTrain's start (B = 0 beside a
+full-rank random part), not of training the entries.
 
-The full record adds ``same_rank`` (rank 12 alone), ``sparse`` (entries alone, as many as SLTrain trains numbers),
-``denser`` (delta = 0.1), ``wider`` (r = 24, a quarter of the width as in the paper's models) and ``paper_start`` (all
-entries, no product: a dense layer that begins with the draws of SLTrain in place of the model's own, which are three
-times smaller here, sd 0.02 against 0.059; it tells what of SLTrain's distance from full rank is the start).
+The full record adds ``low_rank_zero`` (no entries, but B = 0 at the start as in SLTrain), ``same_rank`` (rank 12
+alone), ``denser`` (delta = 0.1), ``wider`` (r = 24, a quarter of the width as in the paper's models) and
+``paper_start`` (all entries, no product: a dense layer that begins with the draws of SLTrain in place of the model's
+own, which are three times smaller here, sd 0.02 against 0.059).
 
 Departures from the paper:
 
@@ -26,10 +27,23 @@ Departures from the paper:
 - s = 0.25, that of the paper's smallest model; in its script s falls to 0.008 at 7B.
 - The plan's weight decay of 0.1, clipping at norm 1 and cosine are used for all arms; the scripts have no decay. Decay
   acts on B, A and entries as on the matrices that they stand for.
-- Low rank is compared at its own best rate; ReLoRA, GaLore, 8-bit Adam and updates layer by layer are no arms.
+- ReLoRA, GaLore, 8-bit Adam and updates layer by layer are no arms.
 - The paper's table is quoted from memory of it, see the sheet; rows of SLTrain were not checked.
 
-@SWEEP@
+Peak rates are powers of 2 times 0.001, each arm's own best by the held-out loss of pilot seed 1000, the sweep being
+extended until the best lay within it (with seed 1001 for the best two of ``low_rank``, which it put in the other
+order; the mean of both decided):
+
+    rate           0.001  0.002  0.004  0.008  0.016  0.032  0.064
+    control         4.44   4.16   4.53   4.62   4.81   4.99
+    low_rank        4.94   4.87   4.82   4.79   5.35   5.73
+    low_rank_zero                        4.11   4.09   4.08   4.13
+    sltrain                       4.02   3.92   3.87   3.88
+    frozen                        4.04   3.96   3.93   3.97
+    sparse                               3.92   3.91   3.96
+    paper_start            4.52   4.36   4.48
+
+The other arms of the full record take the rate of the arm that they vary.
 """
 
 from perturbed.core.plan import Measure
@@ -67,23 +81,23 @@ def rate(times: float) -> StepDecay:
     return StepDecay(peak=times, milestones=(), stage="pretrain")
 
 
-LOW_RANK = SparseLowRank(rank=14, density=0.0, scale=1.0)
-
 STUDY = Study(
-    plan=DocstringLM(width=96, steps=400, lr=8e-3),
-    scales={"smoke": {"width": 32, "layers": 1, "heads": 2, "steps": 30, "batch": 32, "lr": 2e-2}},
+    plan=DocstringLM(width=96, steps=400, lr=2e-3),
+    scales={"smoke": {"width": 32, "layers": 1, "heads": 2, "steps": 30, "batch": 32, "lr": 5e-3}},
     arms={
-        "low_rank": (LOW_RANK, rate(1.0)),
-        "sltrain": (SparseLowRank(rank=12, density=0.03), rate(1.0)),
-        "frozen": (SparseLowRank(rank=14, density=0.03, train_sparse=False), rate(1.0)),
+        "low_rank": (SparseLowRank(rank=14, density=0.0, scale=1.0), rate(2.0)),
+        "sltrain": (SparseLowRank(rank=12, density=0.03), rate(8.0)),
+        "frozen": (SparseLowRank(rank=14, density=0.03, train_sparse=False), rate(8.0)),
+        "sparse": (SparseLowRank(rank=0, density=0.228), rate(8.0)),
     },
     full_arms={
-        "same_rank": (SparseLowRank(rank=12, density=0.0, scale=1.0), rate(1.0)),
-        "sparse": (SparseLowRank(rank=0, density=0.228), rate(1.0)),
-        "denser": (SparseLowRank(rank=12, density=0.1), rate(1.0)),
-        "wider": (SparseLowRank(rank=24, density=0.03), rate(1.0)),
-        "paper_start": (SparseLowRank(rank=0, density=1.0), rate(1.0)),
+        "low_rank_zero": (SparseLowRank(rank=14, density=0.0, start="zero"), rate(16.0)),
+        "same_rank": (SparseLowRank(rank=12, density=0.0, scale=1.0), rate(2.0)),
+        "denser": (SparseLowRank(rank=12, density=0.1), rate(8.0)),
+        "wider": (SparseLowRank(rank=24, density=0.03), rate(8.0)),
+        "paper_start": (SparseLowRank(rank=0, density=1.0), rate(2.0)),
     },
+    references={"low_rank_zero": "low_rank", "same_rank": "low_rank", "denser": "sltrain", "wider": "sltrain"},
     measures=(
         Measure("storage", Storage(), better="lower"),
         Measure("ranks", Ranks()),
@@ -94,8 +108,11 @@ STUDY = Study(
     metric="heldout_loss",
     unit="nats per token",
     direction="lower",
-    epsilon=0.02,
-    why_epsilon="two per cent of perplexity is what a tenth more training gains at this length",
+    epsilon=0.05,
+    why_epsilon="five per cent of perplexity; a tenth more training of the control gained eight on a pilot seed",
     sanity=AtMost("heldout_loss", 5.0),
-    paper=PaperScale(model="LLaMA 60M to 1B (unverified sizes)", data="allenai/c4", params=58e6, tokens=11_000 * 512 * 256, runs=3),
+    paper=PaperScale(
+        model="LLaMA of 60M parameters (not on the hub)", data="allenai/c4:en", params=58e6, tokens=11_000 * 512 * 256,
+        runs=3,
+    ),
 )  # fmt: skip

@@ -177,9 +177,7 @@ class Vocabulary:
             )
         return cls(tuple(tokens[:3]), tokens[3], tuple(tokens[4:]))
 
-    def example(
-        self, text: Sequence[int], segments: Sequence[int], spans: Sequence[Span], mode: str | None
-    ) -> Example:
+    def example(self, text: Sequence[int], segments: Sequence[int], spans: Sequence[Span], mode: str | None) -> Example:
         """``text`` with ``spans`` hidden, announced by the token of ``mode``."""
         source, target, from_source, from_target = corrupt(text, spans, self.sentinels, self.end)
         first = [] if mode is None else [self.modes[MODES.index(mode)]]

@@ -34,13 +34,14 @@ def token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: [B, T, V] or [B, T - 1, V] of the tokens of ``batch``.
-        batch: ``input_ids`` and ``segment_ids`` [B, T], and ``loss_mask`` [B, T] where some tokens are no targets.
+        batch: ``input_ids`` and ``segment_ids`` [B, T]; ``loss_mask`` [B, T] where some tokens are no targets; and
+            ``labels`` [B, T], the tokens to predict, where the input has others in their place.
 
     Returns:
         Losses [B, T - 1] of tokens 1 … T - 1, and which of them are targets [B, T - 1], bool: never the first of a
         segment.
     """
-    following = batch["input_ids"][:, 1:]
+    following = batch.get("labels", batch["input_ids"])[:, 1:]
     losses = F.cross_entropy(logits[:, : following.shape[1]].flatten(0, 1), following.flatten(), reduction="none")
     return losses.view_as(following), targets(batch)
 

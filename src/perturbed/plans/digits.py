@@ -23,7 +23,7 @@ from perturbed.objectives.classification import cross_entropy, predict_class
 from perturbed.optim.optimisers import SGD
 
 SIDE, CLASSES = 8, 10
-Network = Literal["cnn", "vit"]
+Network = Literal["cnn", "vit", "mlp"]
 
 
 @functools.cache
@@ -139,8 +139,16 @@ def vit(width: int) -> Module:
     return ViTForImageClassification(config)  # type: ignore[no-any-return]
 
 
-BUILDERS: dict[str, Callable[[int], Module]] = {"cnn": cnn, "vit": vit}
-CLIP: dict[str, float | None] = {"cnn": None, "vit": 1.0}  # unclipped, some seeds of the vit never leave chance
+def mlp(width: int) -> Module:
+    """Two hidden layers of ``4 * width``, 10 logits."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(SIDE**2, 4 * width), nn.ReLU(), nn.Linear(4 * width, 4 * width), nn.ReLU(),
+        nn.Linear(4 * width, CLASSES),
+    )  # fmt: skip
+
+
+BUILDERS: dict[str, Callable[[int], Module]] = {"cnn": cnn, "vit": vit, "mlp": mlp}
+CLIP: dict[str, float | None] = {"cnn": None, "vit": 1.0, "mlp": None}  # unclipped, some seeds of the vit never leave chance
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,8 @@ class Digits:
     Its facts also give the test examples (``held_out``) and as many training examples (``seen``) to measures.
 
     Args:
-        model: ``cnn`` (22k weights at width 16) or ``vit`` (Transformers' class).
-        width: channels of the first convolution; half the hidden size of the transformer.
+        model: ``cnn`` (22k weights at width 16), ``vit`` (Transformers' class) or ``mlp`` (9k weights).
+        width: channels of the first convolution; half the hidden size of the transformer; a quarter of the mlp's.
         batch: examples in a batch.
         pretrain_steps: updates of the first stage; 21 are an epoch at the default batch.
         finetune_steps: updates of the second stage.

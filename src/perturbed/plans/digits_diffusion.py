@@ -16,6 +16,7 @@ from perturbed.core.run import Engine
 from perturbed.core.store import Store
 from perturbed.data.arrays import Epochs
 from perturbed.errors import PlanError, nearest
+from perturbed.inference.diffusion import DDIM
 from perturbed.measures.generation import Generation, Judge
 from perturbed.objectives.diffusion import NoiseLoss, NoiseSchedule, predict_noise
 from perturbed.optim.optimisers import AdamW
@@ -108,7 +109,7 @@ class DigitsDiffusion:
     judged against the held-out images in the features of a classifier (``measures.generation``).
 
     Args:
-        model: ``unet`` (94k weights at width 16) or ``dit``, Diffusers' classes.
+        model: ``unet`` (178k weights at width 16) or ``dit`` (393k), Diffusers' classes.
         width: channels of the UNet at full resolution; size of a head of the DiT.
         batch: images in a batch.
         steps: optimiser updates.
@@ -117,18 +118,22 @@ class DigitsDiffusion:
         data: ``digits``, or the path of an ``.npz`` file as for the plan ``digits``.
         held_out: test images.
         samples: how many are judged.
+        sampling_steps: of DDIM.
+        labelled: judge samples of classes that the model is told, each in turn; else it samples without labels.
         judge_steps: updates of the classifier that judges.
     """
 
     model: Network = "unet"
     width: int = 16
     batch: int = 64
-    steps: int = 1200
-    lr: float = 2e-3
+    steps: int = 1000
+    lr: float = 4e-3
     label_drop: float = 0.5
     data: str = "digits"
     held_out: int = 450
     samples: int = 1000
+    sampling_steps: int = 20
+    labelled: bool = False
     judge_steps: int = 420
 
     NAME: ClassVar[str] = "digits-diffusion"
@@ -144,6 +149,7 @@ class DigitsDiffusion:
     def __call__(self) -> Plan:
         """The plan; data are loaded, and the judge is trained, when it runs."""
         train, test = (Split(self.data, self.held_out, part) for part in ("train", "test"))
+        measure = Generation(self.samples, DDIM(self.sampling_steps), self.labelled)
         stage = Stage(
             name="pretrain",
             steps=self.steps,
@@ -156,7 +162,7 @@ class DigitsDiffusion:
             build=Build(self.model, self.width),
             stages=(stage,),
             predict=predict_noise,
-            measures=(Measure("precision", Generation(self.samples)),),
+            measures=(Measure("precision", measure),),
             facts=Facts(
                 modality="diffusion", target="noise", output="noise", classes=CLASSES, input="pixels",
                 input_range=(0.0, 1.0),

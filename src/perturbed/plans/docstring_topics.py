@@ -113,7 +113,7 @@ class Topics:
 
     def fingerprint(self) -> str:
         """Hash of the texts."""
-        return digest([[list(words), label] for part in ("train", "test") for words, label in self.part(part)])  # type: ignore[arg-type]
+        return digest([[list(words), label] for words, label in (*self.part("train"), *self.part("test"))])
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ class DocstringTopics:
 
     Args:
         model: ``minilm`` (pre-trained weights, extra ``minilm``) or ``scratch`` (a small encoder with new weights, and
-            a tokenizer trained on the corpus).
+            a tokenizer trained on the corpus; it wants some 400 steps of 16 texts and a rate of 3e-3).
         tuned: layers of MiniLM that are trained, from the top, 1 to 6; the others are frozen and not in snapshots.
         width: hidden size from scratch, a multiple of 4.
         layers: layers from scratch.
@@ -359,13 +359,13 @@ class DocstringTopics:
     width: int = 64
     layers: int = 2
     vocab: int = 1024
-    words: int = 24
-    length: int = 40
+    words: int = 20
+    length: int = 32
     train: int = 200
     test: int = 50
     batch: int = 8
-    steps: int = 100
-    lr: float = 3e-4
+    steps: int = 200
+    lr: float = 5e-4
     data: str = "docstrings"
     column: str = "text"
     label: str = "package"
@@ -381,6 +381,8 @@ class DocstringTopics:
         for name in ("width", "layers", "train", "test", "batch"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{self.NAME}: {name}={getattr(self, name)} must be at least 1")
+        if self.lr <= 0:
+            raise PlanError(f"{self.NAME}: lr={self.lr} must be above 0")
         if self.width % 4:
             raise PlanError(f"{self.NAME}: width={self.width} must be a multiple of its 4 heads")
         if self.words < FEWEST_WORDS:

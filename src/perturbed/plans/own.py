@@ -234,7 +234,7 @@ class ModelLoss:
 
     Args:
         forward: how the model is called.
-        next_token: the labels are the ``input_ids``, with what ``attention_mask`` hides ignored.
+        next_token: a batch without labels is its own, with what ``attention_mask`` hides ignored.
     """
 
     forward: Forward
@@ -246,7 +246,7 @@ class ModelLoss:
         Raises:
             PlanError: the model gives none.
         """
-        if self.next_token:
+        if self.next_token and LABELS not in batch:
             batch = {**batch, LABELS: next_token_labels(batch)}
         value = self.forward(model, batch, self.forward.main, with_labels=True).loss
         if value is None:

@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from perturbed.errors import PerturbedError
 
-LAYERS, WIDTH = 6, 384
+LAYERS = 6
 
 
 def folder() -> Path:

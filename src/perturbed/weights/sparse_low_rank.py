@@ -132,7 +132,8 @@ class SparseLowRankLinear(Module):
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.scale = rank, scale
         support = torch.randperm(out_features * in_features, generator=rng)[:places]
-        self.register_buffer("support", support.sort().values)
+        # of a whole support there is nothing to remember
+        self.register_buffer("support", support.sort().values, persistent=places < out_features * in_features)
         # a row and not a vector: optimisers that spare vectors from weight decay would spare this part of a matrix
         self.register_parameter("values", uniform(1, places, fan=in_features) if places else None)
         self.register_parameter("down", uniform(rank, in_features, fan=in_features) if rank else None)
@@ -211,7 +212,8 @@ class SparseLowRank:
         scale: factor of the product, alpha / r in the paper.
         where: glob of the linear layers.
         stage: glob of the stages to act in.
-        start: sparse entries as the paper draws them, or those of the ``layer`` at the same places, with its bias.
+        start: draws of the ``paper``; the same with the product at ``zero`` also where there are no sparse entries; or
+            entries and bias of the ``layer`` that is replaced.
         train_sparse: whether the sparse entries are trained, or stay as they were drawn.
     """
 
@@ -220,7 +222,7 @@ class SparseLowRank:
     scale: float = 0.25
     where: str = "*layer*"
     stage: str = "*"
-    start: Literal["paper", "layer"] = "paper"
+    start: Literal["paper", "zero", "layer"] = "paper"
     train_sparse: bool = True
 
     SITES: ClassVar[tuple[Site, ...]] = ("weights",)
@@ -230,8 +232,9 @@ class SparseLowRank:
     STRONG: ClassVar = {"rank": 2, "density": 0.03, "start": "paper", "train_sparse": True}
 
     def __post_init__(self) -> None:
-        if self.start not in ("paper", "layer"):
-            raise PlanError(f"SparseLowRank: no start {self.start!r}: {nearest(self.start, ('paper', 'layer'))}")
+        starts = ("paper", "zero", "layer")
+        if self.start not in starts:
+            raise PlanError(f"SparseLowRank: no start {self.start!r}: {nearest(self.start, starts)}")
         if self.rank < 0 or not 0 <= self.density <= 1 or self.rank == self.density == 0:
             raise PlanError(f"{self!r}: rank must not be negative, density in [0, 1], and not both of them 0")
 
@@ -255,6 +258,8 @@ class SparseLowRank:
         sizes = (old.in_features, old.out_features)
         new = SparseLowRankLinear(*sizes, self.rank, self.density, self.scale, bias, rng).to(old.weight)
         with torch.no_grad():
+            if self.start == "zero" and new.up is not None:
+                new.up.zero_()
             if self.start == "layer" and new.values is not None:
                 new.values.copy_(old.weight.flatten()[new.support].view_as(new.values))
             if self.start == "layer" and new.bias is not None:

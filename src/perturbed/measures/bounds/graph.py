@@ -12,12 +12,13 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from perturbed.errors import PerturbedError
 from perturbed.measures.bounds import relax
@@ -64,6 +65,17 @@ class Graph:
     leaves: dict[str, Node]
     output: Node
     batch: int
+    _before: dict[Node, tuple[Node, ...]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def before(self, node: Node) -> tuple[Node, ...]:
+        """The perturbed nodes that ``node`` depends on, in order."""
+        if node not in self._before:
+            found = {n for n in node.inputs if n.perturbed}
+            for earlier in reversed(self.nodes):
+                if earlier in found:
+                    found |= {n for n in earlier.inputs if n.perturbed}
+            self._before[node] = tuple(n for n in self.nodes if n in found)
+        return self._before[node]
 
 
 class _First(Module):
@@ -77,7 +89,7 @@ class _First(Module):
         out = self.model(x, **rest)
         if not isinstance(out, Tensor):
             out = out.logits if hasattr(out, "logits") else out[0]
-        return out
+        return cast(Tensor, out)
 
 
 @contextmanager
@@ -112,7 +124,7 @@ def trace(
     if unknown:
         raise UnsupportedOperator(f"no parameter is called {unknown[0]!r} that was to be perturbed")
     wrapped = _First(model)
-    with evaluated(wrapped), torch.no_grad():
+    with evaluated(wrapped), torch.no_grad(), _disable_current_modes():  # a counter of operations would stop the export
         program = torch.export.export(wrapped, (x.detach(),), rest or {})
         builder = _Builder(model, x, weights, inputs, rest or {})
         graph = builder.build(program)
@@ -133,6 +145,7 @@ class _Builder:
         self.leaves: dict[str, Node] = {}
         self.values: dict[Node, Tensor] = {}  # at the example, to know shapes and to compare with the model
         self.place = ""
+        self.operator: Any = None  # of the exported graph, that is being written out
 
     @property
     def batch(self) -> int:
@@ -175,15 +188,15 @@ class _Builder:
             return self.constant(value)
         return self.leaf(INPUT, value) if self.perturb_input else self.add(Leaf(), name=INPUT, value=value)
 
-    def leaf(self, name: str, value: Tensor) -> Node:
-        node = self.add(Leaf(), name=name, value=value, perturbed=True)
+    def leaf(self, name: str, value: Tensor, fetch: Callable[[], Tensor] | None = None) -> Node:
+        node = self.add(Leaf(fetch), name=name, value=value, perturbed=True)
         self.leaves[name] = node
         return node
 
     def parameter(self, name: str) -> Node:
         if name in self.weights:
-            value = self.model.get_parameter(name)
-            return self.leaf(name, value.expand(self.batch, *value.shape))
+            fetch = functools.partial(_lookup_expanded, self.model, name, self.batch)
+            return self.leaf(name, fetch(), fetch)
         return self.add(Constant(functools.partial(_lookup, self.model, name)))
 
     def buffer(self, program: Any, name: str) -> Node:
@@ -214,6 +227,8 @@ class _Builder:
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The node of one exported operator."""
+        if target is torch.ops.aten._assert_tensor_metadata.default:
+            return None
         moving = any(n.perturbed for n in _nodes((args, kwargs)))
         if target is operator.getitem and isinstance(args[0], list | tuple):
             return args[0][args[1]]
@@ -225,6 +240,7 @@ class _Builder:
         rule = RULES.get(name)
         if rule is None:
             raise self.refusal(f"no rule for operator {target}; there are rules for {', '.join(sorted(RULES))}")
+        self.operator = target
         try:
             return rule(self, *args, **kwargs)
         except TypeError as e:
@@ -272,6 +288,11 @@ def _lookup(model: Module, name: str) -> Tensor:
     return found
 
 
+def _lookup_expanded(model: Module, name: str, batch: int) -> Tensor:
+    value = _lookup(model, name)
+    return value.expand(batch, *value.shape)
+
+
 def _nodes(thing: Any) -> Iterator[Node]:
     if isinstance(thing, Node):
         yield thing
@@ -295,13 +316,14 @@ def _replaced(thing: Any, by: dict[Node, Tensor]) -> Any:
 # Rules: what each exported operator is in primitives, where it has a perturbed input.
 
 Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[R], R]:
     """Register a rule under the names that ATen gives the operator."""
 
-    def keep(fn: Rule) -> Rule:
+    def keep(fn: R) -> R:
         for name in names:
             RULES[name] = fn
         return fn
@@ -324,13 +346,8 @@ def _to(b: _Builder, x: Node, *args: Any, **kwargs: Any) -> Node:
 
 @rule("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "_unsafe_view", "view_as", "reshape_as")
 def _reshape(b: _Builder, x: Node, *args: Any, **kwargs: Any) -> Node:
-    call = getattr(torch.ops.aten, _name(b))
-    shape = call(b.values[x], *_replaced(args, b.values), **kwargs).shape
+    shape = b.operator(b.values[x], *_replaced(args, b.values), **kwargs).shape
     return b.add(Reshape(functools.partial(torch.reshape, shape=tuple(shape))), x)
-
-
-def _name(b: _Builder) -> str:
-    return b.place.rstrip("0123456789").rstrip("_") if not hasattr(torch.ops.aten, b.place) else b.place
 
 
 @rule("permute")
@@ -381,8 +398,7 @@ def _select(b: _Builder, x: Node, dim: int, index: int) -> Node:
 @rule("chunk", "split", "split_with_sizes")
 def _split(b: _Builder, x: Node, sizes: Any, dim: int = 0) -> list[Node]:
     dim = b.axis(dim, x)
-    whole = b.values[x]
-    parts = whole.chunk(sizes, dim) if _name(b) == "chunk" else whole.split(sizes, dim)
+    parts = b.operator(b.values[x], sizes, dim)
     found, at = [], 0
     for part in parts:
         found.append(b.add(Increasing(functools.partial(torch.narrow, dim=dim, start=at, length=part.shape[dim])), x))
@@ -409,17 +425,28 @@ def _reduce(b: _Builder, x: Node, dim: Any = None, keepdim: bool = False, **kwar
     if dim is None:
         raise b.refusal("it sums over all axes, the batch among them")
     axes = tuple(b.axis(d, x) for d in ([dim] if isinstance(dim, int) else dim))
-    call = torch.mean if _name(b) == "mean" else torch.sum
+    call = torch.sum if b.operator is torch.ops.aten.sum.dim_IntList else torch.mean
     return b.add(Increasing(lambda v: call(v, axes, keepdim)), x)
 
 
+@rule("constant_pad_nd")
+def _constant_pad(b: _Builder, x: Node, widths: list[int], value: float | None = 0) -> Node:
+    if value or len(widths) >= 2 * len(x.shape):
+        raise b.refusal("padding with another number than 0, or along the batch, has no rule")
+    return b.add(Increasing(lambda v: F.pad(v, widths)), x)
+
+
+@rule("pad")
+def _pad(b: _Builder, x: Node, widths: list[int], mode: str = "constant", value: float | None = None) -> Node:
+    if mode != "constant":
+        raise b.refusal(f"padding by {mode} has no rule")
+    return _constant_pad(b, x, widths, value)
+
+
 @rule("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "im2col",
-      "upsample_nearest2d", "pad", "constant_pad_nd")  # fmt: skip
+      "upsample_nearest2d")  # fmt: skip
 def _pooled(b: _Builder, x: Node, *args: Any, **kwargs: Any) -> Node:
-    name = _name(b)
-    if name in ("pad", "constant_pad_nd") and (len(args[0]) >= 2 * len(x.shape) or args[1:2] not in ((), ("constant",))):
-        raise b.refusal("padding other than constant, or along the batch, has no rule")
-    call = getattr(torch.ops.aten, name)
+    call = b.operator
     return b.add(Increasing(lambda v: call(v, *args, **kwargs)), x)
 
 
@@ -551,7 +578,7 @@ def _reshaped(b: _Builder, x: Node, shape: tuple[int, ...]) -> Node:
 
 
 def _shift(b: _Builder, x: Node, bias: Node) -> Node:
-    """x plus a bias of its last axis, which is [B, n] where it is perturbed."""
+    """The sum with a bias of its last axis, which is [B, n] where it is perturbed."""
     if bias.perturbed:
         bias = _reshaped(b, bias, (b.batch, *[1] * (len(x.shape) - 2), bias.shape[-1]))
     return _add(b, x, bias)
@@ -572,7 +599,7 @@ def _matmul(b: _Builder, x: Node, z: Node) -> Node:
     if len(x.shape) < 2 or len(z.shape) < 2 or (z.perturbed and len(x.shape) > len(z.shape)):
         raise b.refusal(f"a product of {list(x.shape)} and {list(z.shape)} has no rule")
     if x.perturbed:
-        if len(z.shape) > len(x.shape) or len(x.shape) == 2 == len(z.shape) and b.values[x].shape[0] != b.batch:
+        if len(z.shape) > len(x.shape):
             raise b.refusal(f"a product of {list(x.shape)} and {list(z.shape)} has no rule")
         return b.add(Times(right=True), x, z)
     if len(z.shape) == 2:
@@ -581,8 +608,8 @@ def _matmul(b: _Builder, x: Node, z: Node) -> Node:
 
 
 def _spread(b: _Builder, x: Node, like: Node) -> Node:
-    """x with its axes before the last two broadcast to those of ``like``."""
-    shape = (*torch.broadcast_shapes(x.shape[:-2], like.shape[:-2]), *x.shape[-2:])
+    """The node with its axes before the last two broadcast to those of ``like``."""
+    shape = (*torch.broadcast_shapes(x.shape[:-2], like.shape[:-2]), *x.shape[-2:])  # type: ignore[no-untyped-call]
     return x if x.shape == shape else b.add(Increasing(lambda v: v.expand(shape)), x)
 
 
@@ -616,7 +643,7 @@ def _perturbed_conv(
     kernel = tuple(weight.shape[3:])
 
     def patches(v: Tensor) -> Tensor:
-        return F.unfold(v, kernel, dilation, padding, stride)
+        return F.unfold(v, kernel, tuple(dilation), tuple(padding), tuple(stride))
 
     columns = b.add(Increasing(patches) if x.perturbed else Fixed(patches), x)
     flat = _reshaped(b, weight, (b.batch, weight.shape[1], math.prod(weight.shape[2:])))
@@ -675,10 +702,9 @@ def _layer_norm(
     *args: Any,
 ) -> Node:  # fmt: skip
     axes = list(range(-len(shape), 0))
-    place, b.place = b.place, "mean"
+    b.operator = torch.ops.aten.mean.dim
     centred = _sub(b, x, _reduce(b, x, axes, True))
     spread = _add(b, _reduce(b, _unary(b, "square", centred), axes, True), eps)
-    b.place = place
     out = _mul(b, centred, _rsqrt(b, spread))
     if weight is not None:
         out = _mul(b, out, weight)

@@ -25,10 +25,10 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Lines(NamedTuple):
-    """Slopes and intercepts of a lower and an upper line, each shaped like the input."""
+    """Slopes and intercepts of a lower and an upper line, each shaped like the input; None is a line through zero."""
 
     lower_slope: Tensor
-    lower: Tensor
+    lower: Tensor | None
     upper_slope: Tensor
     upper: Tensor
 
@@ -65,14 +65,14 @@ def bisect(holds: Function, sure: Tensor, doubtful: Tensor, steps: int = 40) -> 
 def leaky_relu(low: Tensor, high: Tensor, slope: float = 0.0) -> Lines:
     """ReLU, or max(z, slope * z) for a slope in [0, 1).
 
-    Above, the chord; below, a line through zero whose slope is 1 where the chord's is nearer to 1 than to ``slope``.
+    Above, the chord; below, a line through zero whose slope is 1 where the chord's is above a half.
     """
     below = low.clamp(max=0)
     above = torch.maximum(high.clamp(min=0), below + NARROW)
     upper_slope = (above - slope * below) / (above - below)
     upper = (slope - upper_slope) * below
-    lower_slope = torch.where(upper_slope > (1 + slope) / 2, 1.0, slope).to(low.dtype)
-    return Lines(lower_slope, torch.zeros_like(low), upper_slope, upper)
+    lower_slope = torch.where(upper_slope > 0.5, 1.0, slope).to(low.dtype)
+    return Lines(lower_slope, None, upper_slope, upper)
 
 
 def s_shaped(f: Function, df: Function, low: Tensor, high: Tensor) -> Lines:
@@ -84,12 +84,8 @@ def s_shaped(f: Function, df: Function, low: Tensor, high: Tensor) -> Lines:
     middle = (low + high) / 2
     line = chord(f, low, high)
     reach_low, reach_high = low.clamp(max=0), high.clamp(min=0)
-    at_low = bisect(
-        lambda d: f(d) + df(d) * (reach_high - d) <= f(reach_high), reach_low, torch.zeros_like(low)
-    )
-    at_high = bisect(
-        lambda d: f(d) + df(d) * (reach_low - d) >= f(reach_low), reach_high, torch.zeros_like(low)
-    )
+    at_low = bisect(lambda d: f(d) + df(d) * (reach_high - d) <= f(reach_high), reach_low, torch.zeros_like(low))
+    at_high = bisect(lambda d: f(d) + df(d) * (reach_low - d) >= f(reach_low), reach_high, torch.zeros_like(low))
     both = (low < 0) & (high > 0)
     slope = line[0].detach()
     straight_low = (low >= 0) | (both & (slope < df(low)))
@@ -132,8 +128,9 @@ def gelu(low: Tensor, high: Tensor) -> Lines:
     lower = through
     lower = pick(concave, line, lower)
     lower = pick((right & (slope >= df(low))) | (across & (high > BEND)), tangent(f, df, up_to_right), lower)
-    lower = pick((left & (slope <= df(high))) | (across & (low < -BEND) & (high <= BEND)),
-                 tangent(f, df, up_to_left), lower)
+    lower = pick(
+        (left & (slope <= df(high))) | (across & (low < -BEND) & (high <= BEND)), tangent(f, df, up_to_left), lower
+    )
     lower = pick((right & (slope < df(low))) | (left & (slope > df(high))), line, lower)
     # tangents within the concave part that just meet the function at the far end of the convex part
     down_to_right = bisect(lambda d: f(d) + df(d) * (near_right - d) >= f(near_right), far_right, bend)

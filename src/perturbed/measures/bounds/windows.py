@@ -54,20 +54,33 @@ class Windows:
         found = image[:, :, down, across] * inside.to(image.dtype)
         return found.permute(2, 0, 1, 3, 4).unsqueeze(2)
 
-    def times(self, positive: Tensor, negative: Tensor) -> Windows:
-        """Each coefficient times one image where it is positive, another where it is negative."""
-        if positive is negative:
-            return self.replaced(self.rows * self.under(positive))
-        return self.replaced(self.rows * torch.where(self.rows >= 0, self.under(positive), self.under(negative)))
-
     def replaced(self, rows: Tensor) -> Windows:
         """The same places with other coefficients."""
         return Windows(rows, self.top, self.left, self.size)
 
+    def plus(self, other: Windows) -> Windows | Tensor:
+        """The sum with as many other rows, in windows that hold both, if their places keep their distance."""
+        if other.top is self.top and other.left is self.left and other.rows.shape[-2:] == self.rows.shape[-2:]:
+            return self.replaced(self.rows + other.rows)
+        down, across = other.top - self.top, other.left - self.left
+        if bool((down != down[0]).any() or (across != across[0]).any()):
+            return self.dense() + other.dense()
+        first = [self._padded(other, int(down[0]), int(across[0])), other._padded(self, -int(down[0]), -int(across[0]))]
+        top, left = torch.minimum(self.top, other.top), torch.minimum(self.left, other.left)
+        return Windows(first[0] + first[1], top, left, self.size).settled()
+
+    def _padded(self, other: Windows, down: int, across: int) -> Tensor:
+        """Rows with zeros round them, so far that those of ``other`` fit in, which begin lower by ``down``."""
+        (height, width), (h, w) = self.rows.shape[-2:], other.rows.shape[-2:]
+        bottom, right = max(0, down + h - height), max(0, across + w - width)
+        return F.pad(self.rows, (max(0, -across), right, max(0, -down), bottom))
+
     def trimmed(self) -> Windows:
         """With zeros where windows hang over the edge."""
         _, _, inside = self._index()
-        return self if bool(inside.all()) else self.replaced(self.rows * inside[:, None, None, None].to(self.rows.dtype))
+        return (
+            self if bool(inside.all()) else self.replaced(self.rows * inside[:, None, None, None].to(self.rows.dtype))
+        )
 
     def dot(self, image: Tensor) -> Tensor:
         """The product of each row with ``image`` [B or 1, C, H, W]: [B, K * L]."""
@@ -82,13 +95,22 @@ class Windows:
         return values.expand(*values.shape[:2], len(self.top)).flatten(1)
 
     def before_conv(
-        self, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, size: tuple[int, int]
+        self,
+        weight: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        size: tuple[int, int],
     ) -> Windows | Tensor:
-        """The coefficients on the input, of ``size``, of a convolution; dense once a window is as large as the image."""
+        """The coefficients on a convolution's input, of ``size``; dense once a window is as large as that."""
         rows = self.trimmed().rows
         wider = F.conv_transpose2d(rows.flatten(0, 2), weight, None, stride, 0, 0, groups, dilation)
         return Windows(
-            wider.unflatten(0, rows.shape[:3]), self.top * stride[0] - padding[0], self.left * stride[1] - padding[1], size
+            wider.view(*rows.shape[:3], *wider.shape[1:]),
+            self.top * stride[0] - padding[0],
+            self.left * stride[1] - padding[1],
+            size,
         ).settled()
 
     def settled(self) -> Windows | Tensor:
@@ -104,4 +126,5 @@ class Windows:
         rows = self.rows.expand(places, *self.rows.shape[1:]).flatten(4)
         whole = rows.new_zeros(*rows.shape[:4], area + 1)
         whole = whole.scatter(4, at.view(places, 1, 1, 1, -1).expand_as(rows), rows)[..., :area]
-        return whole.permute(1, 2, 0, 3, 4).flatten(1, 2).unflatten(-1, self.size)
+        _, batch, _, channels = whole.shape[:4]
+        return whole.permute(1, 2, 0, 3, 4).reshape(batch, -1, channels, *self.size)
