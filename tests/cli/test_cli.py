@@ -17,7 +17,6 @@ import pytest
 
 import perturbed as pt
 from perturbed import cli
-from perturbed.api import write_report
 from perturbed.evidence import ledger as ledgers
 from perturbed.inputs.noise import InputNoise
 from perturbed.optim.fine_tuning import StepDecay
@@ -233,7 +232,7 @@ def test_compare_in_combination(perturbed, tmp_path):
     found = record["interaction"]["noise+decay"]
     assert found["effect"] == pytest.approx((d["noise+decay"] - d["noise"] - d["decay"]).mean())
     assert found["interval"][0] <= found["effect"] <= found["interval"][1]
-    assert write_report(record, tmp_path).read_text().count("<svg") >= 2
+    assert pt.write_report(record, tmp_path).read_text().count("<svg") >= 2
 
 
 @pytest.mark.slow
