@@ -71,7 +71,9 @@ def filled(text: str) -> str:
     """``text`` with each part between its markers made anew."""
     for name, made in {"methods": methods_table(), "output": output()}.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
-        text = pattern.sub(lambda m, made=made: m[1] + made + m[2], text)
+        text, number = pattern.subn(lambda m, made=made: m[1] + made + m[2], text)
+        if number != 1:
+            raise SystemExit(f"README.md needs one pair of markers <!-- {name} -->, with a line between them")
     return text
 
 
