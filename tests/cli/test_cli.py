@@ -137,9 +137,13 @@ def test_smoke_prints_one_json_object_and_a_page(perturbed, tmp_path):
 
 def test_workers_give_the_same_bits(perturbed, tmp_path, monkeypatch):
     wanted = ["run", SLUG, "--scale", "smoke", "--seeds", "2", "--json", "--out", tmp_path / "r", "--workers"]
-    one = json.loads(perturbed(*wanted, "1")[1])
+    code, out, err = perturbed(*wanted, "1")
+    assert code == 0, err
+    one = json.loads(out)
     monkeypatch.setenv("PERTURBED_HOME", str(tmp_path / "elsewhere"))
-    two = json.loads(perturbed(*wanted, "2")[1])
+    code, out, err = perturbed(*wanted, "2")
+    assert code == 0, err
+    two = json.loads(out)
     assert one["scores"] == two["scores"]
     assert one["secondary"] == two["secondary"]
     assert one["curves"] == two["curves"]
@@ -241,7 +245,10 @@ def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(tmp_path):
     command += ["--out", str(tmp_path / "r"), "--set", "plan.pretrain_steps=3000", "--arms", "slow_fast"]
     env = {**os.environ, "PERTURBED_HOME": str(tmp_path / "home2")}
     child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(20)
+    locks, patience = tmp_path / "home2" / "store" / "locks", time.monotonic() + 120
+    while not (locks.is_dir() and any(locks.iterdir())) and time.monotonic() < patience:
+        time.sleep(0.1)  # until a run of the study itself has begun
+    time.sleep(2)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=90)
     assert child.returncode == 130, err
