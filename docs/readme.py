@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 import sys
@@ -15,6 +14,7 @@ from perturbed import cli
 from perturbed.core.registry import cards
 from perturbed.evidence.figures import paired_differences, standalone
 from perturbed.evidence.ledger import latest, recompute
+from perturbed.evidence.verdict import unspecific
 
 ROOT = Path(__file__).parent.parent
 SHOWN = "hubble"
@@ -26,7 +26,9 @@ def methods_table() -> str:
     for card in cards().values():
         link = f"[{card.slug}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.slug
         text, paper = card.claim["text"], card.claim["paper"]
-        rows.append(f"| {link} | {', '.join(card.sites)} | {text} | {paper} | {outcome(latest(card.slug))} |")
+        rows.append(
+            f"| {link} | {', '.join(card.sites)} | {text} | {paper} | {outcome(latest(card.slug, own=False))} |"
+        )
     return "\n".join(rows)
 
 
@@ -36,7 +38,7 @@ def outcome(record: dict[str, Any] | None) -> str:
         return "no evidence yet"
     fresh = recompute(record)
     entry = fresh["arms"][record["primary"]]
-    notes = ["trivial"] * fresh["trivial"] + ["not specific"] * (fresh["specific"] is False)
+    notes = ["trivial"] * fresh["trivial"] + ["not specific"] * unspecific(record)
     verdict = ", ".join([f"**{fresh['verdict']}**", *notes])
     if entry["interval"] is None:
         return verdict
@@ -47,14 +49,13 @@ def outcome(record: dict[str, Any] | None) -> str:
 
 def output() -> str:
     """What ``perturbed run`` printed of the committed record."""
-    record = latest(SHOWN)
+    record = latest(SHOWN, own=False)
     if record is None:
         return "no evidence yet"
     text = io.StringIO()
     console = Console(file=text, width=100, color_system=None)
     original, cli.console = cli.console, lambda: console
-    with contextlib.suppress(KeyError):
-        cli.print_record(record)
+    cli.print_record(record)
     cli.console = original
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     return "```console\n$ perturbed run hubble\n" + "\n".join(lines) + "\n```"
@@ -62,7 +63,7 @@ def output() -> str:
 
 def picture() -> str:
     """The figure of the same record, as a file of its own."""
-    record = latest(SHOWN)
+    record = latest(SHOWN, own=False)
     return standalone(paired_differences(record)) if record else ""
 
 
@@ -70,7 +71,9 @@ def filled(text: str) -> str:
     """``text`` with each part between its markers made anew."""
     for name, made in {"methods": methods_table(), "output": output()}.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
-        text = pattern.sub(lambda m, made=made: m[1] + made + m[2], text)
+        text, number = pattern.subn(lambda m, made=made: m[1] + made + m[2], text)
+        if number != 1:
+            raise SystemExit(f"README.md needs one pair of markers <!-- {name} -->, with a line between them")
     return text
 
 

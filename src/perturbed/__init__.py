@@ -1,7 +1,8 @@
 """perturbed: change one thing about how a model is trained, adapted or used, and see what happens.
 
 ``pt.run("hubble")`` runs a method's study, ``pt.compare(plan, {"a": [A()], "b": [B()]})`` several changes on one plan,
-``pt.judge(control, treatment)`` gives the verdict for scores made elsewhere. The sites are modules:
+``pt.judge(control, treatment)`` gives the verdict for scores made elsewhere; all three return a record, of which
+``pt.write_report(record, folder)`` makes a page. The sites are modules:
 ``pt.data``, ``pt.inputs``, ``pt.features``, ``pt.weights``, ``pt.objectives``, ``pt.optim``, ``pt.inference``,
 ``pt.measures``. Nothing heavy is imported before it is used.
 """
@@ -24,6 +25,7 @@ _FROM = {
 }
 _WHERE = {name: (module, name) for module, names in _FROM.items() for name in names}
 _WHERE["judge"] = ("perturbed.evidence.scores", "judge_pair")
+_WHERE["write_report"] = ("perturbed.evidence.report", "write_study")
 _MODULES = ("data", "inputs", "features", "weights", "objectives", "optim", "inference", "measures", "plans", "methods")
 
 __all__ = [*_WHERE, *_MODULES]

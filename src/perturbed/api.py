@@ -6,11 +6,11 @@ import dataclasses
 import itertools
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from perturbed.core.plan import Intervention, Plan, apply
 from perturbed.core.registry import Card, Method, card, load
+from perturbed.core.run import accelerator
+from perturbed.core.run import settings as settings_of_runs
 from perturbed.errors import PlanError, nearest
 from perturbed.evidence.pool import Place, Pool
 from perturbed.evidence.progress import Bars
@@ -18,6 +18,7 @@ from perturbed.evidence.runner import Fixed, Record, Setting, add_interactions, 
 from perturbed.evidence.settings import apply_settings, load_plan, plan_file
 from perturbed.evidence.study import Direction, Recipe, Study
 
+PLAIN = {"processes": 1, "accumulate": 1, "precision": "no"}  # how registered studies are run
 Seeds = int | Iterable[int]
 Arm = Sequence[Intervention]
 
@@ -49,10 +50,14 @@ def setting(
         own: Recipe = load_plan(plan) if isinstance(plan, str) else Fixed(plan)
         at = dataclasses.replace(at, plan=own)
         smoke = None  # one's own plan has no smoke length, so the gates that need one do not apply
+    only_full = [a for a in arms if a in study.full_arms and a not in at.arms]
+    if only_full:
+        raise PlanError(f"arm {only_full[0]!r} belongs to the full record: add --scale full")
     at = _with_arms(apply_settings(at, settings), arms)
     smoke = _with_arms(apply_settings(smoke, _of_arms(settings, at)), arms) if smoke else None
     changed = bool(settings or arms) or plan is not None
-    registered = not changed and chosen == tuple(range(study.seeds)) and scale in ("laptop", "full")
+    fixed = not changed and chosen == tuple(range(study.seeds)) and scale in ("laptop", "full")
+    registered = fixed and settings_of_runs() | PLAIN == settings_of_runs()
     command = _command("run", [slug], chosen, scale, arms, settings, plan)
     return Setting(at, scale, chosen, smoke, method.card, registered, command)
 
@@ -108,7 +113,7 @@ def run(
     Args:
         slug: of the method (``perturbed list``).
         seeds: how many (0, 1, …) or which; the study's own number if None.
-        scale: ``smoke``, ``laptop``, ``full`` or ``paper``.
+        scale: ``smoke``, ``laptop`` or ``full``.
         arms: only these, with the primary and its reference.
         settings: ``FIELD=VALUE`` as ``--set`` takes them; the record is then not registered.
         plan: another control plan: a built-in name, ``FILE.py:NAME`` or a ``Plan``.
@@ -128,10 +133,15 @@ def run(
 
 def carry_out(asked: Setting, *, plan: object = None, workers: int | None = None, on: Place = "local") -> Record:
     """Run what ``setting`` described."""
+    if asked.scale == "paper":
+        raise PlanError("the paper's own setting is priced, not run: --dry-run prices it; the largest to run is full")
     file = plan_file(plan) if isinstance(plan, str) else None
-    pool = Pool(default_store(), workers=workers, on=on, files=(file,) if file else ())
+    launched = settings_of_runs()["processes"] > 1  # then every process takes part in every run
+    if launched and on == "ray":
+        raise PlanError("--on ray and accelerate launch each place the runs: choose one of the two")
+    pool = Pool(default_store(), workers=1 if launched else workers, on=on, files=(file,) if file else ())
     name = asked.card.slug if asked.card else "compare"
-    with Bars(name) as bars:
+    with Bars(name, quiet=not accelerator().is_main_process) as bars:
         return run_study(asked, pool, bars.listen)
 
 
@@ -155,7 +165,7 @@ def compare(
         arms: named sequences of interventions; the first named is the primary contrast, the others are Holm-adjusted.
         seeds: how many, or which.
         metric: the score that decides; the plan's first measure by default.
-        direction: of the hoped-for change; as the measure of that name improves, by default, else ``higher``.
+        direction: of the hoped-for change; as the measure of that name improves, by default.
         epsilon: smallest effect of interest; without it no null can be shown.
         factorial: also run every combination of two or more arms (applied in the order given, the last outermost),
             with the interaction d_ab - d_a - d_b of each pair.
@@ -169,7 +179,7 @@ def compare(
     if not arms:
         raise PlanError("compare needs at least one arm")
     recipe: Recipe = load_plan(plan) if isinstance(plan, str) else Fixed(plan) if isinstance(plan, Plan) else plan
-    name, better = _main(recipe(), metric)
+    name, towards = _main(recipe(), metric, direction)
     every: dict[str, tuple[Intervention, ...]] = {name: tuple(arm) for name, arm in arms.items()}
     pairs: dict[str, tuple[str, str]] = {}
     if factorial:
@@ -179,7 +189,7 @@ def compare(
                 if size == 2:
                     pairs["+".join(names)] = (names[0], names[1])
     study = Study(
-        plan=recipe, arms=every, primary=next(iter(arms)), metric=name, direction=direction or better,
+        plan=recipe, arms=every, primary=next(iter(arms)), metric=name, direction=towards,
         epsilon=epsilon, budget="reported",
     )  # fmt: skip
     for name, arm in study.arms.items():
@@ -189,14 +199,19 @@ def compare(
     return add_interactions(record, pairs) if factorial else record
 
 
-def _main(plan: Plan, metric: str | None) -> tuple[str, Direction]:
-    """The metric that decides and how it improves: that of the plan's first measure, unless one is named."""
+def _main(plan: Plan, metric: str | None, direction: Direction | None) -> tuple[str, Direction]:
+    """The metric that decides and how it should go: as the plan's first measure says, unless one is named."""
     for measure in plan.measures:
         if metric in (None, measure.name):
-            return measure.name, measure.better
+            return measure.name, direction or measure.better
     if metric is None:
         raise PlanError(f"plan {plan.name!r} measures nothing: give it a measure")
-    return metric, "higher"
+    if direction is None:
+        known = ", ".join(m.name for m in plan.measures)
+        raise PlanError(
+            f"which way {metric!r} should go is not known (only of {known}): say the direction (--direction)"
+        )
+    return metric, direction
 
 
 def _explain(plan: Plan, name: str, arm: Sequence[Intervention]) -> None:
@@ -225,18 +240,26 @@ def methods_as_arms(slugs: Sequence[str]) -> dict[str, Arm]:
 
 
 def compare_methods(
-    slugs: Sequence[str], plan: str, *, seeds: Seeds = 8, factorial: bool = False, **how: Any
+    slugs: Sequence[str],
+    plan: str,
+    *,
+    seeds: Seeds = 8,
+    metric: str | None = None,
+    direction: Direction | None = None,
+    epsilon: float | None = None,
+    factorial: bool = False,
+    workers: int | None = None,
+    on: Place = "local",
 ) -> Record:
     """``compare`` with the primary arms of methods."""
-    words = _command("compare", slugs, _seeds(seeds), None, (), (), plan) + (" --factorial" if factorial else "")
-    return compare(plan, methods_as_arms(slugs), seeds=seeds, factorial=factorial, command=words, **how)
+    words = [_command("compare", slugs, _seeds(seeds), None, (), (), plan)]
+    words += ["--factorial"] if factorial else []
+    decides = {"--metric": metric, "--direction": direction, "--epsilon": epsilon}
+    words += [f"{option} {shlex.quote(str(value))}" for option, value in decides.items() if value is not None]
+    return compare(
+        plan, methods_as_arms(slugs), seeds=seeds, metric=metric, direction=direction, epsilon=epsilon,
+        factorial=factorial, workers=workers, on=on, command=" ".join(words),
+    )  # fmt: skip
 
 
-def write_report(record: Record, out: Path) -> Path:
-    """The HTML page of a record, in folder ``out``."""
-    from perturbed.evidence.report import write_study
-
-    return write_study(record, out)
-
-
-__all__ = ["Card", "Method", "card", "compare", "compare_methods", "load", "run", "setting", "write_report"]
+__all__ = ["Card", "Method", "card", "compare", "compare_methods", "load", "run", "setting"]

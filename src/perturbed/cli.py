@@ -131,10 +131,10 @@ def show(slug: str, as_json: Json = False) -> None:
     out = console()
     out.print(f"[bold]{found.title}[/] ({found.year}, arXiv {found.arxiv})", highlight=False)
     out.print(f"[dim]{found.slug} · {', '.join(found.sites)} · {found.modality} · {found.kind}[/]\n", highlight=False)
-    out.print(found.summary + "\n", highlight=False)
-    out.print(f"claim      {found.claim['text']}\npaper      {found.claim['paper']}", highlight=False)
+    out.print(found.summary + "\n", highlight=False, markup=False)
     if record is None:
-        out.print(f"evidence   none yet: perturbed run {slug}", highlight=False)
+        claim = f"claim      {found.claim['text']}\npaper      {found.claim['paper']}"
+        out.print(f"{claim}\nevidence   none yet: perturbed run {slug}", highlight=False, markup=False)
     else:
         print_record(record)
     return None
@@ -167,15 +167,22 @@ def run(
     if dry_run:
         estimate = dry.price(asked)
         return show_json(estimate) if as_json else print(dry.describe(estimate))
-    if scale == "paper":
-        fail("the paper's own setting is priced, not run: add --dry-run; the largest that runs is --scale full")
     if register and not asked.registered:
         fail("--register takes only what was fixed beforehand: the study's own seeds, arms, plan and fields")
     assert folder is not None
     record = api.carry_out(asked, plan=plan, workers=workers, on=on)
+    if not speaks():
+        return None
     if scale in ("laptop", "full"):
         record = keep(record, register)
     return finish(record, folder, as_json)
+
+
+def speaks() -> bool:
+    """Whether this process tells the outcome: under ``accelerate launch`` every process has it."""
+    from perturbed.core.run import accelerator
+
+    return bool(accelerator().is_main_process)
 
 
 def keep(record: Record, register: bool) -> Record:
@@ -224,7 +231,8 @@ def compare(
     how: dict[str, Any] = {"metric": metric, "direction": direction, "epsilon": epsilon, "workers": workers, "on": on}
     number = parse_seeds(seeds)
     record = api.compare_methods(slugs, plan, seeds=8 if number is None else number, factorial=factorial, **how)
-    finish(keep(record, register=False), folder, as_json)
+    if speaks():
+        finish(keep(record, register=False), folder, as_json)
 
 
 @app.command()
@@ -403,14 +411,23 @@ def colour(verdict: str | None) -> str:
     return f"[{COLOURS.get(verdict, 'yellow')}]{verdict}[/]" if verdict else "–"
 
 
+def mean_of(scores: dict[str, float | None]) -> str:
+    """The mean over seeds, or how many of them are finite: a mean of those that did not diverge would flatter."""
+    finite = [v for v in scores.values() if v is not None]
+    return f"{sum(finite) / len(finite):.4g}" if len(finite) == len(scores) else f"– ({len(finite)} of {len(scores)})"
+
+
 def print_record(record: Record) -> None:
     """A record's verdict table."""
+    from rich.markup import escape
+
+    from perturbed.evidence.verdict import unspecific
+
     out = console()
     unit = f" [{record['unit']}]" if record["unit"] else ""
-    table = new_table("arm", f"{record['metric']}{unit}", "effect", "95 % interval", "p", "verdict")
+    table = new_table("arm", escape(f"{record['metric']}{unit}"), "effect", "95 % interval", "p", "verdict")
     for arm in record["scores"]:
-        finite = [v for v in record["scores"][arm].values() if v is not None]
-        mean = f"{sum(finite) / len(finite):.4g}" if finite else "–"
+        mean = mean_of(record["scores"][arm])
         entry = record["arms"].get(arm)
         if entry is None:
             table.add_row(arm, mean, "", "", "", "")
@@ -430,16 +447,16 @@ def print_record(record: Record) -> None:
             )
     for name, gate in record["gates"].items():
         if gate["pass"] is False:
-            out.print(f"[red]gate {name} failed[/]: {gate['detail']}", highlight=False)
-    if record["claim"]["text"]:
-        out.print(f"claim      {record['claim']['text']}", highlight=False)
-        out.print(f"paper      {record['claim']['paper']}", highlight=False) if record["claim"]["paper"] else None
+            out.print(f"[red]gate {name} failed[/]: {escape(gate['detail'])}", highlight=False)
+    for what in ("text", "paper"):
+        if said := record["claim"][what]:
+            out.print(f"{'claim' if what == 'text' else 'paper':<11}{said}", highlight=False, markup=False)
     entry = record["arms"][record["primary"]]
     notes = [f"{len(record['seeds'])} paired seeds"]
     notes += [f"detectable {entry['detectable']:.3g}"] if entry["detectable"] is not None else []
     notes += [f"smallest effect of interest {record['epsilon']:g}"] if record["epsilon"] is not None else []
     notes += ["smaller than that: trivial"] if record["trivial"] else []
-    notes += ["the sham does as much: not specific"] if record["specific"] is False else []
+    notes += ["not shown to exceed the sham"] if unspecific(record) else []
     out.print(f"here       {colour(record['verdict'])} at this scale ({'; '.join(notes)})", highlight=False)
 
 

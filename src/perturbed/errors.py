@@ -20,8 +20,8 @@ class StoreError(PerturbedError):
     """The checkpoint store cannot be read or written."""
 
 
-class GateError(PerturbedError):
-    """A gate of a study failed, so its scores judge nothing."""
+class StaleError(PerturbedError):
+    """Committed evidence does not come out any more."""
 
     code = 3
 

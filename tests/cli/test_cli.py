@@ -17,7 +17,6 @@ import pytest
 
 import perturbed as pt
 from perturbed import cli
-from perturbed.api import write_report
 from perturbed.evidence import ledger as ledgers
 from perturbed.inputs.noise import InputNoise
 from perturbed.optim.fine_tuning import StepDecay
@@ -138,9 +137,13 @@ def test_smoke_prints_one_json_object_and_a_page(perturbed, tmp_path):
 
 def test_workers_give_the_same_bits(perturbed, tmp_path, monkeypatch):
     wanted = ["run", SLUG, "--scale", "smoke", "--seeds", "2", "--json", "--out", tmp_path / "r", "--workers"]
-    one = json.loads(perturbed(*wanted, "1")[1])
+    code, out, err = perturbed(*wanted, "1")
+    assert code == 0, err
+    one = json.loads(out)
     monkeypatch.setenv("PERTURBED_HOME", str(tmp_path / "elsewhere"))
-    two = json.loads(perturbed(*wanted, "2")[1])
+    code, out, err = perturbed(*wanted, "2")
+    assert code == 0, err
+    two = json.loads(out)
     assert one["scores"] == two["scores"]
     assert one["secondary"] == two["secondary"]
     assert one["curves"] == two["curves"]
@@ -233,7 +236,7 @@ def test_compare_in_combination(perturbed, tmp_path):
     found = record["interaction"]["noise+decay"]
     assert found["effect"] == pytest.approx((d["noise+decay"] - d["noise"] - d["decay"]).mean())
     assert found["interval"][0] <= found["effect"] <= found["interval"][1]
-    assert write_report(record, tmp_path).read_text().count("<svg") >= 2
+    assert pt.write_report(record, tmp_path).read_text().count("<svg") >= 2
 
 
 @pytest.mark.slow
@@ -242,7 +245,10 @@ def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(tmp_path):
     command += ["--out", str(tmp_path / "r"), "--set", "plan.pretrain_steps=3000", "--arms", "slow_fast"]
     env = {**os.environ, "PERTURBED_HOME": str(tmp_path / "home2")}
     child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(20)
+    locks, patience = tmp_path / "home2" / "store" / "locks", time.monotonic() + 120
+    while not (locks.is_dir() and any(locks.iterdir())) and time.monotonic() < patience:
+        time.sleep(0.1)  # until a run of the study itself has begun
+    time.sleep(2)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=90)
     assert child.returncode == 130, err
@@ -255,3 +261,72 @@ def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(tmp_path):
         command, env={**env, "PERTURBED_HOME": str(tmp_path / "home3")}, capture_output=True, text=True, timeout=240
     )
     assert json.loads(done.stdout)["scores"] == json.loads(whole.stdout)["scores"]
+
+
+def test_a_metric_whose_direction_is_unknown_is_refused_before_anything_runs(perturbed):
+    options = ["--plan", f"{PLANS}:plan", "--metric", "accuracy_wider", "--workers", "1"]
+    refused(perturbed("compare", SLUG, *options), "accuracy_wider", "--direction")
+
+
+def test_sizes_that_make_no_run_and_arms_of_the_full_record_are_named(perturbed):
+    refused(perturbed(*SMOKE, "--set", "plan.width=0"), "width=0", "at least 1")
+    refused(perturbed(*SMOKE, "--set", "plan.lr=nan"), "lr=nan", "above 0")
+    refused(perturbed("run", "hubble", "--arms", "diluted"), "diluted", "--scale full")
+
+
+def test_the_paper_scale_is_never_run(perturbed):
+    refused(perturbed("run", "hubble", "--scale", "paper"), "--dry-run")
+    with pytest.raises(pt.PerturbedError, match="dry-run"):
+        pt.run("hubble", scale="paper")
+
+
+def test_the_recorded_command_of_a_compare_says_what_decided(perturbed, tmp_path):
+    decides = ["--metric", "accuracy", "--direction", "higher", "--epsilon", "0.05"]
+    options = ["--seeds", "2", "--workers", "1", "--json", "--out", tmp_path / "r"]
+    code, out, _ = perturbed("compare", SLUG, "--plan", f"{PLANS}:plan", *decides, *options)
+    assert code == 0
+    command = json.loads(out)["command"]
+    assert command.endswith("--metric accuracy --direction higher --epsilon 0.05")
+
+
+def test_the_table_shows_units_and_no_mean_of_an_arm_that_diverged(capsys):
+    record = pt.judge([1.0, 2.0, 3.0], [2.0, None, 4.0]) | {"unit": "bits", "metric": "exposure"}
+    record["claim"] = {"text": "more [of] it", "paper": "by [much]"}
+    cli.print_record(record)
+    out = capsys.readouterr().out
+    assert "exposure [bits]" in out
+    assert "– (2 of 3)" in out
+    assert "more [of] it" in out
+    assert "by [much]" in out
+
+
+def test_pt_judge_is_perturbed_judge(perturbed, tmp_path):
+    control, treatment = [0.81, 0.79, 0.83, 0.80, 0.82, 0.78], [0.84, 0.83, 0.85, 0.84, 0.83, 0.82]
+    record = pt.judge(control, treatment, epsilon=0.01)
+    rows = [f"{a},{i},{x}" for a, of in (("c", control), ("t", treatment)) for i, x in enumerate(of)]
+    (tmp_path / "scores.csv").write_text("\n".join(["arm,seed,score", *rows]))
+    options = ["--control", "c", "--treatment", "t", "--epsilon", "0.01", "--json", "--out", tmp_path / "r"]
+    told = json.loads(perturbed("judge", tmp_path / "scores.csv", *options)[1])
+    assert told["arms"]["t"] == record["arms"]["treatment"]
+    assert told["verdict"] == record["verdict"] == "supported"
+    page = pt.write_report(record, tmp_path).read_text()
+    assert page.count("<svg") >= 2
+    assert "standard deviations of the paired differences" in page
+    with pytest.raises(ValueError, match="seed 5"):
+        pt.judge(control, treatment[:5])
+
+
+@pytest.mark.slow
+def test_launched_in_two_processes_one_of_them_tells_the_outcome(tmp_path):
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--scale", "smoke", "--seeds", "2", "--json", "--out", str(tmp_path / "r")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PERTURBED_HOME": str(tmp_path / "h")}
+    done = subprocess.run(
+        [sys.executable, *several, "-m", "perturbed", "run", SLUG, *options],
+        env=env, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["machine"]["processes"] == 2
+    assert record["registered"] is False
+    assert done.stderr.count("[1/") == 1

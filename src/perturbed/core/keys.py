@@ -116,7 +116,7 @@ def _of_class(thing: Any) -> dict[str, str]:
 def source_hash(module: str) -> str:
     """Hash of a module's source and of the modules of the same package or folder that it imports, and theirs.
 
-    Modules of installed packages count by the version of their distribution (see ``versions``), not by source.
+    Modules of installed packages count by the version of their distribution, not by source.
     """
     seen: dict[str, str] = {}
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -128,6 +128,8 @@ def source_hash(module: str) -> str:
 def _collect(name: str, file: Path, seen: dict[str, str]) -> None:
     top = name.split(".")[0]
     installed = {"site-packages", "dist-packages"} & set(file.parts) or _STDLIB in file.parents
+    if installed and top != __package__.split(".")[0]:
+        seen |= _distributions(top)
     if name in seen or file.suffix != ".py" or (installed and top != __package__.split(".")[0]):
         return
     text = file.read_text(encoding="utf-8")
@@ -136,6 +138,19 @@ def _collect(name: str, file: Path, seen: dict[str, str]) -> None:
         found = _file(imported, file)
         if found and (imported.split(".")[0] == top or file.parent in found.parents):
             _collect(imported, found, seen)
+        else:
+            seen |= _distributions(imported.split(".")[0])
+
+
+@functools.cache
+def _distributions(module: str) -> dict[str, str]:
+    """Versions of the installed distributions that give a top-level module."""
+    return {f"version of {name}": importlib.metadata.version(name) for name in _installed().get(module, ())}
+
+
+@functools.cache
+def _installed() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 def _imports(tree: ast.Module, package: str) -> set[str]:

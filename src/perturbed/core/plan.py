@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
@@ -455,3 +456,17 @@ def _differs(before: object, after: object, slot: str) -> bool:
     if isinstance(one, tuple) and isinstance(two, tuple):
         return len(one) != len(two) or any(a is not b for a, b in zip(one, two, strict=True))
     return one is not two
+
+
+def check_sizes(name: str, sizes: Any, whole: tuple[str, ...], rates: tuple[str, ...] = ()) -> None:
+    """Check fields of a recipe: ``whole`` must be at least 1, ``rates`` finite and above 0.
+
+    Raises:
+        PlanError: one is not.
+    """
+    for field_name in whole:
+        if getattr(sizes, field_name) < 1:
+            raise PlanError(f"{name}: {field_name}={getattr(sizes, field_name)} must be at least 1")
+    for field_name in rates:
+        if not 0 < getattr(sizes, field_name) < math.inf:
+            raise PlanError(f"{name}: {field_name}={getattr(sizes, field_name)} must be above 0")

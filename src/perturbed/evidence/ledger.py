@@ -139,15 +139,16 @@ def read(path: Path) -> list[Record]:
     return [_checked(path, number, line) for number, line in _lines(path)]
 
 
-def latest(slug: str, scale: str = "laptop") -> Record | None:
+def latest(slug: str, scale: str = "laptop", *, own: bool = True) -> Record | None:
     """Return the newest registered record of a study at a scale, or None.
 
-    The committed evidence goes first; the user's own record of the registered study stands in where there is none.
+    The committed evidence goes first; the user's ``own`` record of the registered study may stand in where there is
+    none.
 
     Raises:
         LedgerError: A line that had to be read is damaged.
     """
-    for folder in (package_folder(), user_folder()):
+    for folder in (package_folder(), user_folder())[: 1 + own]:
         path = file_of(folder, slug)
         if not path.exists():
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -25,10 +26,11 @@ class Bars:
     Args:
         title: of the whole.
         console: where to draw; standard error if None.
+        quiet: draw nothing.
     """
 
-    def __init__(self, title: str, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+    def __init__(self, title: str, console: Console | None = None, quiet: bool = False):
+        self.console = Console(file=io.StringIO()) if quiet else console or Console(stderr=True)
         self.live = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal,

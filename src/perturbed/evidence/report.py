@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING, Any, TextIO
 
-from perturbed.evidence import figures
+from perturbed.evidence import figures, statistics
 from perturbed.evidence.figures import DASH, MINUS, Record, number, places, signed, span
+from perturbed.evidence.verdict import unspecific
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -156,6 +157,7 @@ def _study(record: Record, history: Sequence[Record]) -> dict[str, Any]:
         "differences_figure": figures.paired_differences(record),
         "arms": [_arm(record, arm) for arm in figures.arm_order(record)],
         "sham": _sham(record),
+        "other_terms": _other_terms(record),
         "interactions": [_interaction(record, name) for name in interactions],
         "secondary": _secondary(record),
         "curves": [
@@ -269,17 +271,12 @@ def _qualifications(record: Record) -> list[str]:
         told.append("The interval is too wide to tell an effect of interest from none.")
     if word == "deterministic":
         told.append("The seeds do not differ, so there is no chance to test against: this difference is the result.")
-    if _unspecific(record):
+    if unspecific(record):
         told.append(
             f"The sham, {record['sham']}, did as much or more, as far as this study can tell: the effect cannot be put "
             "down to what the method is about."
         )
     return told
-
-
-def _unspecific(record: Record) -> bool:
-    """Whether the sham takes something away from an effect that was found; a null has nothing to lose."""
-    return record.get("specific") is False and record["verdict"] in ("supported", "contradicted", "deterministic")
 
 
 def _advice(record: Record) -> dict[str, str | None] | None:
@@ -431,10 +428,33 @@ def _sham(record: Record) -> str | None:
     text = f"{record['primary']} {MINUS} {sham} = {mean}{_unit(record)} on average. "
     if record.get("specific") is None:
         return text + "Whether that is more than chance was not judged."
-    where = "zero" if record["direction"] == "equal" else "zero on the side of the effect"
+    either_side = record["direction"] == "equal" or record["reference"] != "control"  # as in `verdict`
+    where = "zero" if either_side else "zero on the side of the effect"
+    apart = "another than" if either_side else "more than"
     if record["specific"]:
-        return text + f"Its 95 % interval excludes {where}: the effect is more than the sham's."
-    return text + f"Its 95 % interval does not exclude {where}: the effect is not shown to be more than the sham's."
+        return text + f"Its 95 % interval excludes {where}: the effect is {apart} the sham's."
+    return text + f"Its 95 % interval does not exclude {where}: the effect is not shown to be {apart} the sham's."
+
+
+def _other_terms(record: Record) -> str | None:
+    """The primary contrast standardised, as a rate of wins, and what pairing was worth; no verdict rests on these."""
+    arm, against = record["primary"], _primary(record)["reference"]
+    found = [d for d in figures.differences(record, arm).values() if d is not None]
+    if len(found) < max(2, len(record["seeds"])) or not stdev(found):
+        return None
+    share, rate = statistics.wins(found)
+    told = [
+        f"the effect is {signed(statistics.cohen_dz(found), 2)} standard deviations of the paired differences "
+        f"(Hedges’ g {signed(statistics.hedges_g(found), 2)})",
+        f"{arm} does better on {number(100 * share, 3)} % of the seeds"
+        + (f" (95 % interval {100 * rate[0]:.0f} to {100 * rate[1]:.0f} %)" if rate else ""),
+    ]
+    t, c = ([record["scores"][a][str(s)] for s in record["seeds"]] for a in (arm, against))
+    if record["transform"] == "raw":
+        told.append(f"pairing by seed took away {number(100 * statistics.pairing_gain(t, c), 2)} % of the variance")
+    if len(found) >= 20:
+        told.append(f"the BCa bootstrap interval is {span(statistics.bca_interval(found))}")
+    return "; ".join(told) + "."
 
 
 def _interaction(record: Record, name: str) -> dict[str, Any]:
@@ -612,7 +632,7 @@ def _row(page: str, record: Record, rate: float | None) -> dict[str, Any]:
         "about": " · ".join(str(x) for x in (record.get("slug"), record.get("scale"), record["metric"]) if x),
         "registered": _registered(record),
         "verdict": _verdict(record),
-        "unspecific": _unspecific(record),
+        "unspecific": unspecific(record),
         "spark": figures.sparkline(record),
         "effect": "" if effect is None else signed(effect, places(interval)) + _unit(record),
         "interval": span(interval) if interval else "",

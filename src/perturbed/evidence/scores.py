@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perturbed.evidence import verdict
-from perturbed.evidence.verdict import Judgement, judge_record
+from perturbed.evidence.verdict import judge_record
 
 if TYPE_CHECKING:
     from perturbed.evidence.statistics import Direction, Transform
@@ -180,18 +180,24 @@ def judge_scores(
     return record | judge_record(record)
 
 
-def judge_pair(control: verdict.Scores, treatment: verdict.Scores, **setting: Any) -> Judgement:
+def judge_pair(control: verdict.Scores, treatment: verdict.Scores, **setting: Any) -> dict[str, Any]:
     """Judge a treatment's scores against its control's, seed by seed: ``pt.judge(control, treatment)``.
 
     Args:
         control: Score by seed, or scores in the order of seeds.
         treatment: The same for the treatment.
-        **setting: ``direction`` (``higher`` by default) and what else `verdict.judge` takes.
+        **setting: ``direction`` (``higher`` by default), ``epsilon`` and what else `judge_scores` takes.
+
+    Returns:
+        The record that ``perturbed judge --json`` prints, for ``pt.write_report`` too: ``verdict``, and under
+        ``arms["treatment"]`` effect, interval, p and detectable effect.
 
     Raises:
         ValueError: Seeds are not in both arms, or a setting is refused.
     """
-    return verdict.judge(treatment, control, **{"direction": "higher", **setting})
+    arms = {name: dict(of if isinstance(of, Mapping) else enumerate(of)) for name, of in
+            (("control", control), ("treatment", treatment))}  # fmt: skip
+    return judge_scores(arms, control="control", treatment="treatment", **setting)
 
 
 def judge_files(

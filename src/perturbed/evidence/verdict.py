@@ -229,6 +229,11 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def unspecific(record: Mapping[str, Any]) -> bool:
+    """Whether the sham takes something away from an effect that was found; a null has nothing to lose."""
+    return record.get("specific") is False and record["verdict"] in ("supported", "contradicted", "deterministic")
+
+
 def _check_settings(direction: str, epsilon: float | None, alpha: float, transform: str) -> None:
     if direction not in ("higher", "lower", "equal"):
         raise ValueError(f"direction must be higher, lower or equal, not {direction!r}")

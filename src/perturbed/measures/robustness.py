@@ -99,7 +99,7 @@ class Robustness:
         steps: steps of PGD.
         restarts: restarts of PGD.
         queries: evaluations that the search has; 0 leaves it out.
-        fact: the plan's fact that gives the examples.
+        fact: the plan's fact that gives the examples; a plan without it is not asked, unless it is ``held_out``.
         suffix: put after each name.
     """
 
@@ -116,6 +116,8 @@ class Robustness:
         name, bounds = run.ctx.facts.input, run.ctx.facts.input_range
         if name is None or bounds is None:
             raise PlanError("Robustness wants the facts input and input_range: set them in the plan's facts")
+        if self.fact != "held_out" and run.ctx.facts.get(self.fact) is None:
+            return {}
         by_pgd, by_search = [], []
         for batch in examples(run, self.fact):
             labels, x = batch["labels"], batch[name]

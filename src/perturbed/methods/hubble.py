@@ -16,11 +16,17 @@ Departures from the paper, which trains models of 1B and 8B parameters on 100B a
 - The corpus is the docstrings of installed packages; it is not searched for the lines in each run, because made-up
   names with a code out of a million do not occur in it by chance: ``data.insertion.contaminated`` finds none (tested),
   and serves those who insert texts that might. Biographies have 10 to 40 tokens, so it looks for whole lines.
-- The model is of the same class (Llama) with 2 layers of width 64.
+- The model is of the same class (Llama) with 2 layers of width 64, a gated layer of 8/3 of that where the paper has 4,
+  and as many key heads as heads where it has a quarter.
+- Which lines go where is drawn anew for each seed; the paper has one plan of insertions for all its models. So the
+  interval here includes what the draw contributes.
+- Not tried: one domain at a time, paraphrased copies, other depths, the two middle quarters of the timing, extraction
+  by prefixes of 25 to 100 tokens scored with ROUGE-L, membership against a reference model, unlearning.
 
 The sham arm inserts the same lines with other codes than those that are scored: whatever it scores above the control
 is the format of the lines, not the memory of a code. Arms of the full record: ``diluted`` (three times the training,
-same insertions), ``early`` and ``late`` (all insertions within the first or the last quarter of training).
+same insertions), ``early`` and ``late`` (all insertions within the first or the last quarter of training). Sizes, rate
+and levels were chosen on pilot seeds from 1000 on, so that level 64 is learnt within the time of a laptop run.
 """
 
 from perturbed.core.plan import Measure

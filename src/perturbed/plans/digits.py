@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from perturbed.core.context import Ctx
 from perturbed.core.keys import tensors_hash
-from perturbed.core.plan import Facts, Measure, Plan, Stage
+from perturbed.core.plan import Facts, Measure, Plan, Stage, check_sizes
 from perturbed.data.arrays import Epochs
 from perturbed.errors import PlanError, nearest
 from perturbed.measures.vision import accuracy
@@ -190,6 +190,7 @@ class Digits:
     def __post_init__(self) -> None:
         if self.model not in BUILDERS:
             raise PlanError(f"digits: no model {self.model!r}: {nearest(self.model, get_args(Network))}")
+        check_sizes(self.NAME, self, ("width", "batch"), ("lr", "finetune_lr"))
         if self.model == "vit" and self.width % 2:
             raise PlanError(f"digits: width={self.width} must be even for the vit, which has four heads")
 

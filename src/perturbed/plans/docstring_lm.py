@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch.nn import Module
 
 from perturbed.core.context import Ctx
-from perturbed.core.plan import Facts, Measure, Plan, Stage
+from perturbed.core.plan import Facts, Measure, Plan, Stage, check_sizes
 from perturbed.data.packing import PackedText
 from perturbed.data.vocabulary import SMALLEST, Text
 from perturbed.errors import PlanError
@@ -85,15 +85,11 @@ class DocstringLM:
     NAME: ClassVar[str] = "docstring-lm"
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "length", "batch"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{self.NAME}: {name}={getattr(self, name)} must be at least 1")
+        check_sizes(self.NAME, self, ("width", "layers", "heads", "length", "batch"), ("lr",))
         if self.width % (2 * self.heads):
             raise PlanError(f"{self.NAME}: width={self.width} must be a multiple of 2 * heads={2 * self.heads}")
         if self.vocab < SMALLEST:
             raise PlanError(f"{self.NAME}: vocab={self.vocab} must be at least {SMALLEST}")
-        if self.lr <= 0:
-            raise PlanError(f"{self.NAME}: lr={self.lr} must be above 0")
 
     def __call__(self) -> Plan:
         """The plan; text is collected and encoded when it is first run."""

@@ -9,10 +9,9 @@ from torch import nn
 from torch.nn import Module
 
 from perturbed.core.context import Ctx
-from perturbed.core.plan import Facts, Measure, Plan, Stage
+from perturbed.core.plan import Facts, Measure, Plan, Stage, check_sizes
 from perturbed.data.arrays import Epochs
 from perturbed.data.demonstrations import Demonstrations
-from perturbed.errors import PlanError
 from perturbed.measures.control import PendulumReturn
 from perturbed.objectives.control import cloning_loss, predict_action
 from perturbed.optim.optimisers import AdamW
@@ -60,11 +59,7 @@ class PendulumCloning:
     NAME: ClassVar[str] = "pendulum-cloning"
 
     def __post_init__(self) -> None:
-        for name in ("width", "episodes", "batch", "evaluations"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{self.NAME}: {name}={getattr(self, name)} must be at least 1")
-        if self.lr <= 0:
-            raise PlanError(f"{self.NAME}: lr={self.lr} must be above 0")
+        check_sizes(self.NAME, self, ("width", "episodes", "batch", "evaluations"), ("lr",))
 
     def __call__(self) -> Plan:
         """The plan; demonstrations are played when it runs."""
