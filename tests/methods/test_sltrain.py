@@ -28,7 +28,7 @@ def block(model):
 
 
 def test_arms_train_as_many_numbers_as_the_docstring_says():
-    arms = ("control", *STUDY.arms, "low_rank_zero")
+    arms = ("control", *STUDY.arms)
     sizes = {arm: block(at_start(arm)) for arm in arms}
     assert sizes["control"] == 4 * 96 * 96 + 3 * 96 * 256 == 110_592
     assert sizes["low_rank"] == sizes["low_rank_zero"] == sizes["frozen"] == 4 * 14 * 192 + 3 * 14 * 352 == 25_536
@@ -113,5 +113,5 @@ def test_smoke_learns_stores_no_dense_weight_and_merges_with_identical_logits():
 
 def test_card():
     assert card("sltrain").arxiv == "2406.02214"
-    assert (STUDY.primary, STUDY.reference, STUDY.sham) == ("sltrain", "low_rank", "frozen")
+    assert (STUDY.primary, STUDY.reference, STUDY.sham) == ("sltrain", "low_rank_zero", "frozen")
     assert (STUDY.metric, STUDY.direction) == ("heldout_loss", "lower")

@@ -56,7 +56,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.squeeze(1)
-        q, k, v = self.qkv(self.first(x)).view(len(x), 8, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in self.qkv(self.first(x)).chunk(3, -1))
         x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.out((x + self.down(F.gelu(self.up(self.second(x))))).mean(1))
 

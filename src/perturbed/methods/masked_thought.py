@@ -49,7 +49,7 @@ CARD = {
     "Language Models",
     "arxiv": "2403.02178",
     "year": 2024,
-    "authors": 6,
+    "authors": 9,
     "sites": ["inputs", "weights"],
     "modality": "language",
     "kind": "intervention",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from perturbed.core.plan import Facts, Measure, Plan, Stage
+from perturbed.core.plan import Facts, Measure, Plan, Stage, check_sizes
 from perturbed.data.worked_solutions import VOCABULARY, Chains, WorkedSolutions, tokenizer
 from perturbed.errors import PlanError
 from perturbed.measures.reasoning import FinalAnswers
@@ -28,8 +28,8 @@ class ArithmeticReasoning:
 
     Both with AdamW (warm-up and cosine decay, betas 0.9 and 0.95, weight decay 0.1, gradient norm clipped at 1), loss
     on solutions only. Measured on problems that no stage sees, decoded greedily. How hard it is, ``problems``, ``sums``
-    and ``largest`` decide: at the default sizes the tuned model solves about half of the held-out problems, and writes
-    nearly all of the solutions that it is tuned on.
+    and ``largest`` decide. At the default sizes the loss on the solutions that it is tuned on ends near 0, and between
+    0.14 and 0.71 of the held-out problems come out right, by seed (mean of eight 0.41): some seeds pre-train better.
 
     Args:
         width: of the hidden states.
@@ -68,13 +68,10 @@ class ArithmeticReasoning:
     NAME: ClassVar[str] = "arithmetic-reasoning"
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "pretrain_sums", "held_out"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{self.NAME}: {name}={getattr(self, name)} must be at least 1")
+        whole = ("width", "layers", "heads", "pretrain_sums", "pretrain_batch", "batch", "held_out")
+        check_sizes(self.NAME, self, whole, ("lr", "pretrain_lr"))
         if self.width % (2 * self.heads):
             raise PlanError(f"{self.NAME}: width={self.width} must be a multiple of 2 * heads={2 * self.heads}")
-        if min(self.lr, self.pretrain_lr) <= 0:
-            raise PlanError(f"{self.NAME}: lr={self.lr} and pretrain_lr={self.pretrain_lr} must be above 0")
 
     def __call__(self) -> Plan:
         """The plan; problems are drawn when it runs."""

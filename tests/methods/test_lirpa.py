@@ -1,0 +1,71 @@
+"""What the contract tests cannot know of the method: its arms, what they share, and another class of network."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+
+from perturbed.core.plan import apply
+from perturbed.core.registry import load
+from perturbed.core.run import Engine
+from perturbed.core.store import Store
+from perturbed.evidence.study import Study
+from perturbed.objectives.certified import CertifiedTraining
+from perturbed.plans.digits import Digits, Split
+
+STUDY: Study = load("lirpa").study
+ARMS = ("control", "ibp", "fused", "sham")
+
+
+def test_arms_are_those_that_were_asked_for() -> None:
+    assert tuple(STUDY.at("laptop").plans()) == ARMS
+    assert set(STUDY.at("full").arms) - set(ARMS) == {"separate", "adversarial"}
+    assert (STUDY.primary, STUDY.reference, STUDY.sham) == ("fused", "ibp", "sham")
+    assert (STUDY.metric, STUDY.direction, STUDY.budget) == ("accuracy_certified", "higher", "equal")
+
+
+def test_arms_differ_in_what_is_mixed_in_alone() -> None:
+    rules = [arm[0] for arm in STUDY.arms.values()]
+    assert [rule.ease for rule in rules] == ["none", "fused", "clean"]  # type: ignore[attr-defined]
+    assert len({dataclasses.replace(rule, ease="none") for rule in rules}) == 1  # type: ignore[type-var]
+
+
+def test_arms_share_the_clean_pre_training_and_have_one_budget() -> None:
+    plans = {k: p.replace(measures=()) for k, p in STUDY.at("smoke").plans().items()}
+    engines = {arm: Engine(plan, 0, Store(None)) for arm, plan in plans.items()}
+    assert len({engine.key("pretrain") for engine in engines.values()}) == 1
+    assert len({engine.key("finetune") for engine in engines.values()}) == len(ARMS)
+    assert len({engine.run().cost.grad_passes for engine in engines.values()}) == 1
+
+
+def test_off_is_the_control_bit_for_bit_and_a_radius_of_zero_is_not() -> None:
+    control = STUDY.at("smoke").plans()["control"].replace(measures=())
+    weights = Engine(control, 0, Store(None)).run().weights
+    off = CertifiedTraining(**{"stage": "finetune", **CertifiedTraining.OFF})
+    assert Engine(apply(control, [off]), 0, Store(None)).run().weights == weights
+    no_ball = CertifiedTraining(eps=0.0, ramp=0.0, stage="finetune")
+    assert Engine(apply(control, [no_ball]), 0, Store(None)).run().weights != weights
+
+
+def test_smoke_is_short_and_every_arm_has_every_score() -> None:
+    began = time.process_time()
+    results = {arm: Engine(plan, 0, Store(None)).run() for arm, plan in STUDY.at("smoke").plans().items()}
+    assert time.process_time() - began < 15
+    names = {"accuracy", "accuracy_certified", "accuracy_interval", "accuracy_pgd"}
+    for result in results.values():
+        assert names <= result.scores.keys()
+        assert all(result.scores[name] is not None for name in names)
+
+
+def test_a_transformer_of_transformers_trains_on_bounds_and_is_measured() -> None:
+    plan = Digits(model="vit", width=4, batch=4, pretrain_steps=1, finetune_steps=2, held_out=10)()
+    measured = STUDY.measures[0]
+    two = {"held_out": Split("digits", 10, "test", at_most=2)}
+    plan = plan.replace(facts=dataclasses.replace(plan.facts, more=two), measures=(measured,))
+    rule = CertifiedTraining(eps=1e-3, ramp=0.0, ease="separate", stage="finetune")
+    control, treated = (Engine(apply(plan, arm), 0, Store(None)).run() for arm in ([], [rule]))
+    assert control.weights != treated.weights
+    assert treated.scores["accuracy_certified"] is not None
+    assert torch.isfinite(torch.tensor(treated.scores["accuracy_certified"]))

@@ -1,0 +1,187 @@
+"""Certified training and certified accuracy: bounds above every loss in the ball, and below every attack."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vision_toys import ctx_of, restless_net, run
+
+from perturbed.core.plan import Measure, Plan, apply
+from perturbed.errors import PlanError
+from perturbed.measures.bounds import Ball, CertifiedAccuracy, Propagation, trace
+from perturbed.measures.robustness import Robustness
+from perturbed.objectives.certified import CertifiedLoss, CertifiedTraining, Ease, excesses_of, growing, worst_loss
+from perturbed.objectives.classification import cross_entropy
+from perturbed.plans.digits import Digits
+
+BOUNDS: tuple[Ease, ...] = ("none", "separate", "fused")
+
+
+def draws(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(depth: int = 2, scale: float = 1.0) -> nn.Sequential:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
+    for _ in range(depth - 1):
+        net.extend([nn.ReLU(), nn.Linear(12, 12)])
+    for i, p in enumerate(net.parameters()):
+        p.data = draws(*p.shape, seed=i) * (scale * p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
+    return net
+
+
+def batch(count: int = 6) -> tuple[Tensor, Tensor]:
+    return draws(count, 1, 8, 8, seed=50).sigmoid(), torch.arange(count) % 12
+
+
+def test_the_radius_grows_without_a_jump_in_value_or_slope() -> None:
+    assert growing(0.19, 0.2, 0.6) == growing(0.2, 0.2, 0.6) == 0.0
+    assert growing(0.8, 0.2, 0.6) == growing(1.0, 0.2, 0.6) == 1.0
+    assert growing(0.0, 0.0, 0.0) == 1.0
+    values = [growing(u / 1000, 0.0, 1.0) for u in range(1001)]
+    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    assert all(step >= 0 for step in steps)
+    assert max(abs(b - a) for a, b in zip(steps, steps[1:], strict=False)) < 2e-5
+    assert values[125] / values[250] == pytest.approx(0.5**4)
+    assert values[1000] - values[625] == pytest.approx(values[625] - values[250])
+    assert values[250] == pytest.approx(0.25 / (0.25 + 4 * 0.75))
+
+
+@pytest.mark.parametrize("ease", BOUNDS)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_bound_is_above_every_loss_in_the_ball(ease: Ease, scale: float) -> None:
+    net, (x, labels), eps = network(3, scale), batch(), 0.05
+    found = Propagation(trace(net, x), x, Ball(eps), "crown-ibp")
+    for part in (0.0, 0.5, 1.0):
+        bound = worst_loss(found, labels, ease, part)
+        for seed in range(100):
+            near = x + eps * draws(*x.shape, seed=seed).sign()
+            assert (F.cross_entropy(net(near), labels, reduction="none") <= bound + 1e-4).all()
+
+
+@pytest.mark.parametrize("ease", [*BOUNDS, "clean"])
+def test_at_radius_zero_the_bound_is_the_loss(ease: Ease) -> None:
+    net, (x, labels) = network(3), batch()
+    found = Propagation(trace(net, x), x, Ball(0.0), "crown-ibp")
+    expected = F.cross_entropy(net(x), labels, reduction="none")
+    assert torch.allclose(worst_loss(found, labels, ease, 0.7), expected, atol=1e-5)
+
+
+def test_intervals_by_hand() -> None:
+    net, (x, labels), eps = network(2), batch(), 0.1
+    found = Propagation(trace(net, x), x, Ball(eps), "crown-ibp")
+    one, two = net[1], net[3]
+    middle, radius = one(x.flatten(1)), eps * one.weight.abs().sum(1)
+    low, high = (middle - radius).relu(), (middle + radius).relu()
+    weight = two.weight.unsqueeze(0) - two.weight[labels].unsqueeze(1)
+    bias = two.bias.unsqueeze(0) - two.bias[labels].unsqueeze(1)
+    upper = (weight.clamp(min=0) @ high.unsqueeze(2) + weight.clamp(max=0) @ low.unsqueeze(2)).squeeze(2) + bias
+    expected = F.cross_entropy(upper, labels, reduction="none")
+    assert torch.allclose(worst_loss(found, labels, "none", 1.0), expected, atol=1e-5)
+    half = 0.5 * upper + 0.5 * (net(x) - net(x).gather(1, labels.unsqueeze(1)))
+    mixed = F.cross_entropy(half, labels, reduction="none")
+    assert torch.allclose(worst_loss(found, labels, "clean", 0.5), mixed, atol=1e-5)
+
+
+def test_fusion_is_the_tighter_where_single_functions_are_bounded_as_well_by_both() -> None:
+    """Of an affine network each margin's extremes are known, but not reached at once: one function sees that."""
+    net, (x, labels), eps = network(1, 3.0), batch(), 0.05
+    found = Propagation(trace(net, x), x, Ball(eps), "crown-ibp")
+    apart, separate, fused = (worst_loss(found, labels, ease, 1.0) for ease in BOUNDS)
+    assert torch.allclose(apart, separate, atol=1e-4)
+    assert (fused <= separate + 1e-4).all()
+    assert (fused < separate - 0.05).any()
+
+
+def test_fusion_goes_back_with_one_function_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, (x, labels) = network(3), batch()
+    found = Propagation(trace(net, x), x, Ball(0.05), "crown-ibp")
+    counts: list[int] = []
+    whole = Propagation.rows
+
+    def counted(self: Propagation, rows: Tensor, **kwargs: bool) -> tuple[Tensor | None, Tensor | None]:
+        counts.append(rows.shape[1])
+        return whole(self, rows, **kwargs)
+
+    monkeypatch.setattr(Propagation, "rows", counted)
+    worst_loss(found, labels, "fused", 1.0)
+    worst_loss(found, labels, "separate", 1.0)
+    worst_loss(found, labels, "none", 1.0)
+    assert counts == [1, 12]
+
+
+def test_excesses_are_each_logit_less_the_label_s() -> None:
+    logits, labels = draws(3, 5), torch.tensor([0, 4, 2])
+    found = (excesses_of(labels, 5) @ logits.unsqueeze(2)).squeeze(2)
+    assert torch.equal(found, logits - logits.gather(1, labels.unsqueeze(1)))
+
+
+def test_the_loss_mixes_the_plan_s_own_with_the_bound_by_its_share_and_step() -> None:
+    net, (x, labels), ctx = network(2), batch(), ctx_of()
+    data = {"pixels": x, "labels": labels}
+    own = cross_entropy(net, data, ctx)
+    ctx.steps, ctx.step = 10, 0
+    rule = CertifiedTraining(eps=0.1, ease="none", start=0.2, ramp=0.4, share=0.25)
+    assert torch.equal(CertifiedLoss(cross_entropy, rule)(net, data, ctx), own)
+    for step in (3, 5, 9):
+        ctx.step = step
+        ball = Ball(0.1 * growing(step / 10, 0.2, 0.4), legal=(0.0, 1.0))
+        worst = worst_loss(Propagation(trace(net, x), x, ball, "crown-ibp"), labels, "none", 0.0).mean()
+        found = CertifiedLoss(cross_entropy, rule)(net, data, ctx)
+        assert found.item() == pytest.approx((0.75 * own + 0.25 * worst).item(), rel=1e-6)
+
+
+def test_bounds_are_of_the_network_in_eval_mode_and_leave_it_training() -> None:
+    net, (x, labels) = restless_net(), batch()
+    ctx = ctx_of()
+    ctx.step, ctx.steps = 1, 2
+    loss = CertifiedLoss(cross_entropy, CertifiedTraining(ramp=0.0))
+    first, second = (loss(net, {"pixels": x, "labels": labels % 10}, ctx) for _ in range(2))
+    assert net.training
+    assert first.item() != second.item()  # the running statistics moved, and the bound with them
+    first.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def small(*arm: CertifiedTraining) -> Plan:
+    plan = Digits(model="mlp", pretrain_steps=42, finetune_steps=126, finetune_lr=0.05, held_out=130)()
+    measures = (Measure("bounds", CertifiedAccuracy(0.05)), Measure("attack", Robustness(0.05, 0.0125, queries=0)))
+    return apply(plan.add_measures(*measures), arm)
+
+
+def test_training_on_bounds_certifies_and_no_attack_beats_a_certificate() -> None:
+    plain, trained = run(small()).scores, run(small(CertifiedTraining(0.05, stage="finetune"))).scores
+    for scores in (plain, trained):
+        clean, attacked = scores["accuracy"], scores["accuracy_pgd"]
+        certified, interval = scores["accuracy_certified"], scores["accuracy_interval"]
+        assert None not in (clean, attacked, certified, interval)
+        assert interval <= certified <= attacked <= clean  # type: ignore[operator]
+    assert trained["accuracy_interval"] > plain["accuracy_interval"] + 0.3  # type: ignore[operator]
+    assert trained["accuracy_certified"] > plain["accuracy_certified"]  # type: ignore[operator]
+
+
+def test_a_measure_without_its_facts_says_so() -> None:
+    plan = small().replace(facts=Digits()().facts.__class__(modality="vision", target="class"))
+    with pytest.raises(PlanError, match="input and input_range"):
+        run(plan.replace(measures=(Measure("bounds", CertifiedAccuracy()),)))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"eps": -0.1}, {"share": 1.1}, {"start": 0.5, "ramp": 0.6}, {"ramp": -0.1}, {"ease": "fusde"}]
+)
+def test_impossible_settings_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(PlanError, match="CertifiedTraining"):
+        CertifiedTraining(**fields)  # type: ignore[arg-type]
+
+
+def test_the_largest_loss_does_not_overflow() -> None:
+    net, (x, labels) = network(3, 60.0), batch()
+    found = Propagation(trace(net, x), x, Ball(0.5), "crown-ibp")
+    for ease in BOUNDS:
+        value = worst_loss(found, labels, ease, 1.0)
+        assert value.isfinite().all()
+        assert value.max() > math.log(3e38)  # exp of it is no float32
