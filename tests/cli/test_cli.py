@@ -244,7 +244,10 @@ def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "perturbed", "run", SLUG, "--seeds", "1", "--workers", "2", "--json"]
     command += ["--out", str(tmp_path / "r"), "--set", "plan.pretrain_steps=3000", "--arms", "slow_fast"]
     env = {**os.environ, "PERTURBED_HOME": str(tmp_path / "home2")}
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     locks, patience = tmp_path / "home2" / "store" / "locks", time.monotonic() + 120
     while not (locks.is_dir() and any(locks.iterdir())) and time.monotonic() < patience:
         time.sleep(0.1)  # until a run of the study itself has begun
