@@ -376,7 +376,9 @@ def test_weights_may_move(name: str) -> None:
             moved = {}
             for n, ball in balls.items():
                 step = torch.randn(net.get_parameter(n).shape, generator=rng)
-                length = step.abs().max() if ball.norm == "linf" else step.norm() if ball.norm == "l2" else step.abs().sum()
+                length = (
+                    step.abs().max() if ball.norm == "linf" else step.norm() if ball.norm == "l2" else step.abs().sum()
+                )
                 step = step.sign() if ball.norm == "linf" else step / length
                 moved[n] = net.get_parameter(n) + ball.eps * step
             z = next(on_the_boundary(x, 0.02, "linf", 1)) if with_input else x

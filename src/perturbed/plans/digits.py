@@ -148,7 +148,11 @@ def mlp(width: int) -> Module:
 
 
 BUILDERS: dict[str, Callable[[int], Module]] = {"cnn": cnn, "vit": vit, "mlp": mlp}
-CLIP: dict[str, float | None] = {"cnn": None, "vit": 1.0, "mlp": None}  # unclipped, some seeds of the vit never leave chance
+CLIP: dict[str, float | None] = {
+    "cnn": None,
+    "vit": 1.0,
+    "mlp": None,
+}  # unclipped, some seeds of the vit never leave chance
 
 
 @dataclass(frozen=True)
