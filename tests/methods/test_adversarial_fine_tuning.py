@@ -15,6 +15,7 @@ from perturbed.core.store import Store
 from perturbed.evidence.study import Study
 from perturbed.inputs.adversarial import PGDTraining
 from perturbed.optim.fine_tuning import SlowStartFastDecay
+from perturbed.plans.digits import Digits
 
 STUDY: Study = load("adversarial-fine-tuning").study
 ARMS = ("control", "scratch", "slow_fast", "sham")
@@ -103,3 +104,11 @@ def test_attacked_training_withstands_attacks_and_noise_does_not() -> None:
     assert robust["slow_fast"] > robust["sham"] + 0.1
     assert (held["slow_fast"]["accuracy"] or 0) > 0.9
     assert (held["slow_fast"]["masked"] or 0) < 0.02
+
+
+def test_the_study_runs_on_the_vit_class_of_transformers():
+    plan = Digits(model="vit", width=8, batch=16, pretrain_steps=2, finetune_steps=2, held_out=20)()
+    arms = {name: Engine(apply(plan, arm), 0, Store(None)).run() for name, arm in {"control": (), **STUDY.arms}.items()}
+    assert len({r.weights for r in arms.values()}) == len(arms)
+    assert arms["slow_fast"].cost.grad_passes == 2 + 2 * 11
+    assert arms["sham"].cost.grad_passes == 4

@@ -1,9 +1,12 @@
 """Hubble: what its study compares, that planted codes are what is remembered, and that the corpus was clean of them."""
 
 import types
+from dataclasses import dataclass
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from perturbed.core.plan import apply
 from perturbed.core.registry import card
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
@@ -88,3 +91,20 @@ def test_smoke_shows_memory_of_planted_codes_only():
 def test_card():
     assert card("hubble").arxiv == "2510.19811"
     assert STUDY.bounds[1] == pytest.approx(6.6439, abs=1e-4)
+
+
+@dataclass(frozen=True)
+class GPT2:
+    def __call__(self, ctx):
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128, "vocab_size": 1024}
+        return GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False, bos_token_id=None, eos_token_id=None))
+
+
+def test_the_study_runs_on_another_class_of_transformers():
+    study = STUDY.at("smoke")
+    plan = study.plan().replace(build=GPT2()).add_measures(*study.measures)
+    plain = Engine(plan, 0, Store(None)).run()
+    planted = Engine(apply(plan, study.arms["perturbed"]), 0, Store(None)).run()
+    assert plain.weights != planted.weights
+    assert plain.cost.tokens == planted.cost.tokens
+    assert all(0 <= r.scores["exposure_64"] <= 6.65 for r in (plain, planted))

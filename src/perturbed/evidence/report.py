@@ -7,6 +7,7 @@ one. Whatever a record lacks (scores judged from a file have no cost, gates or c
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -125,11 +126,16 @@ def page_name(record: Record) -> str:
 
     What a user changed has a page of its own, so that it never stands in for the registered study.
     """
-    pair = f"{record['primary']}-vs-{record['reference']}-{record['metric']}"
-    name = record.get("slug") or f"{record.get('plan') or 'scores'}-{pair}"
-    if record.get("slug"):
+    name = record.get("slug")
+    if name:
         name += f"-{record['scale']}" if record.get("scale") not in (None, "laptop") else ""
         name += "" if record.get("registered") else "-changed"
+    else:
+        plan, sizes, _ = (record.get("plan") or "scores").partition("(")
+        name = f"{plan}-{record['primary']}-vs-{record['reference']}-{record['metric']}"
+        if sizes:  # all fields of a plan would make too long a name
+            told = f"{record['plan']} {', '.join(record['arms'])}"
+            name += "-" + hashlib.sha256(told.encode()).hexdigest()[:6]
     return (re.sub(r"[^A-Za-z0-9]+", "-", str(name)).strip("-")[:120] or "study") + ".html"
 
 
