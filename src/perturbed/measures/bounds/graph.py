@@ -67,6 +67,11 @@ class Graph:
     batch: int
     _before: dict[Node, tuple[Node, ...]] = dataclasses.field(default_factory=dict, repr=False)
 
+    @functools.cached_property
+    def positive(self) -> set[Node]:
+        """The nodes of which a function is taken that is defined on positive numbers only."""
+        return {n.inputs[0] for n in self.nodes if isinstance(n.op, Unary) and n.op.activation.positive}
+
     def before(self, node: Node) -> tuple[Node, ...]:
         """The perturbed nodes that ``node`` depends on, in order."""
         if node not in self._before:

@@ -514,7 +514,7 @@ class Softmax(Operator):
         lower = (share, share / total, slope)
         least, most = self._shares(low, high)
         log_least, log_most = least.clamp(min=1e-30).log(), most.clamp(min=1e-30).log()
-        apart = most - least > 1e-5
+        apart = log_most - log_least > 1e-5
         rate = torch.where(apart, (most - least) / (log_most - log_least).clamp(min=1e-12), most)
         base = torch.where(apart, most - rate * log_most, most * (1 - log_most))
         at = middle.log_softmax(axis)

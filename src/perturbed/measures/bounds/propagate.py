@@ -114,6 +114,7 @@ class Propagation:
         self._values: dict[Node, Tensor] = {}
         self._bounds: dict[Node, Interval] = {}
         self._kept: dict[Node, Any] = {}
+        self._plain: Propagation | None = None  # intervals keep a variance positive where lines may not
 
     def value(self, node: Node) -> Tensor:
         """The value of an unperturbed node, or the centre of a leaf."""
@@ -152,7 +153,11 @@ class Propagation:
             return node.op.interval(node, *(self.bounds(n) for n in node.inputs))
         found = [self._ends(node, a) for a in self._each(node)]
         low, high = (torch.cat(ends, 1).view(node.shape) for ends in zip(*found, strict=True))
-        return low, high
+        if node not in self.graph.positive:
+            return low, high
+        if self._plain is None:
+            self._plain = Propagation(self.graph, self.x, self.balls, "ibp")
+        return torch.maximum(low, self._plain.bounds(node)[0]), high
 
     def _ends(self, node: Node, a: Coefficients) -> Interval:
         low, high = self._backward(node, a, (True, True))
