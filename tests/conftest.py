@@ -1,6 +1,9 @@
 """What every test gets: a home of its own, so that no test touches the user's store, caches or ledger."""
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # as every run has; two threads on a busy machine can take sixty times as long
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probe import Case, cases, micro, outcome
+from probe import Case, cases, outcome
 
 from perturbed.core.keys import describe, digest
 from perturbed.core.plan import Plan, apply, changed_sites
@@ -139,15 +140,15 @@ def test_resumes_bit_for_bit(case: Case, tmp_path: Any) -> None:
 
 @each
 def test_composes_with_partners_in_both_orders(case: Case) -> None:
-    partners = [c for c in CASES if c.label != case.label and _fits(case.plan(steps=2), c)][:2]
-    for partner in partners:
+    fitting = (c for c in CASES if c.label != case.label and _fits(case.plan(steps=2), c))
+    for partner in itertools.islice(fitting, 2):
         for arm in ((case, partner), (partner, case)):
             outcome(apply(case.plan(steps=2), [c.with_fields("STRONG") for c in arm]))
 
 
 def _fits(plan: Plan, case: Case) -> bool:
     try:
-        micro(apply(plan, [case.with_fields("STRONG")]))
+        outcome(apply(plan, [case.with_fields("STRONG")]))  # a glob is matched when the model is there
     except PlanError:
         return False
     return True

@@ -180,7 +180,7 @@ def test_nothing_in_the_ball_is_out_of_bounds_and_lines_are_tighter_than_interva
         assert crown <= mixed * 1.001 <= ibp * 1.002
 
 
-def test_a_wrong_line_is_found_out_by_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_line_is_found_out_by_the_samples() -> None:
     def through_zero(low: Tensor, high: Tensor) -> relax.Lines:
         lines = right(low, high)
         return lines._replace(upper=torch.zeros_like(low))
@@ -192,9 +192,9 @@ def test_a_wrong_line_is_found_out_by_the_samples(monkeypatch: pytest.MonkeyPatc
     for node in graph.nodes:
         if hasattr(node.op, "activation"):
             node.op.activation = wrong
-    low, high = bounds(graph, x, Ball(0.05))
+    low, high = bounds(graph, x, Ball(0.3))
     with torch.no_grad():
-        seen = torch.stack([net(worst(net, x, 0.05, at)) for at in range(5)])
+        seen = torch.stack([net(worst(net, x, 0.3, at)) for at in range(5)])
     assert ((seen > high + SLACK) | (seen < low - SLACK)).any()
 
 
@@ -453,7 +453,7 @@ class Calls(nn.Module):
     [
         (lambda x: torch.sin(x * 2), r"'sin'.*no rule for operator aten.sin"),
         (lambda x: x - x.mean(0), "'mean'.*axis 0, the batch"),
-        (lambda x: x.flatten(1).T @ x.flatten(1), "axis 0"),
+        (lambda x: x.flatten(1).t() @ x.flatten(1), "axis 0"),
         (lambda x: x.sum(), "sums over all axes"),
         (lambda x: F.pad(x, (1, 1), value=2.0), "another number than 0"),
         (lambda x: torch.ones(2, 3), "does not depend on what is perturbed"),
@@ -472,9 +472,9 @@ def test_wrong_uses_are_named() -> None:
     graph = trace(net, x)
     with pytest.raises(ValueError, match="batches of 3, not of 2"):
         bounds(graph, x[:2], Ball(0.1))
-    with pytest.raises(ValueError, match="no method 'crwn'.*crown"):
+    with pytest.raises(ValueError, match=r"no method 'crwn'.*crown"):
         Propagation(graph, x, Ball(0.1), "crwn")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="want a ball for each of input, got them for 5.weight"):
+    with pytest.raises(ValueError, match=r"want a ball for each of input, got them for 5\.weight"):
         bounds(graph, x, {"5.weight": Ball(0.1)})
     with pytest.raises(ValueError, match="no norm"):
         Ball(0.1, "l3")  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -43,9 +44,9 @@ def test_the_radius_grows_without_a_jump_in_value_or_slope() -> None:
     assert growing(0.8, 0.2, 0.6) == growing(1.0, 0.2, 0.6) == 1.0
     assert growing(0.0, 0.0, 0.0) == 1.0
     values = [growing(u / 1000, 0.0, 1.0) for u in range(1001)]
-    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(values)]
     assert all(step >= 0 for step in steps)
-    assert max(abs(b - a) for a, b in zip(steps, steps[1:], strict=False)) < 2e-5
+    assert max(abs(b - a) for a, b in itertools.pairwise(steps)) < 2e-5
     assert values[125] / values[250] == pytest.approx(0.5**4)
     assert values[1000] - values[625] == pytest.approx(values[625] - values[250])
     assert values[250] == pytest.approx(0.25 / (0.25 + 4 * 0.75))

@@ -51,5 +51,9 @@ def describe(found: dict[str, Any]) -> str:
     if paper := found["paper"]:
         lines.append(f"paper: {paper['model']} on {paper['data']}")
         lines.append(f"  {paper['runs']} runs of {paper['tokens']:.3g} tokens or examples")
-        lines.append(f"  {paper['flops']:.3g} FLOPs in {paper['precision']}, {paper['gpu_hours']:,.0f} H100-hours")
+        lines.append(f"  {paper['flops']:.3g} FLOPs in {paper['precision']}, {_hours(paper['gpu_hours'])} H100-hours")
     return "\n".join(lines)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"

@@ -1,9 +1,9 @@
 """LiRPA: bounds of what a network computes while its input moves in a ball, on any graph, and training on them.
 
 Every operator of an exported graph has two rules: how intervals pass through it forwards, and how coefficients of a
-linear function of its output go back to its inputs, through lines that bound it on an interval. Carried back to the
-input, the function's extremes in a ball are known: those of f(x) = A x + b round c are A c + b -+ eps ||A||_q, with 1/p
-+ 1/q = 1 (``measures.bounds``). Certified training minimises an upper bound of the worst cross-entropy in a ball whose
+linear function of its output go back to its inputs, through lines that bound it on an interval. Back at the input,
+the function's extremes in a ball are known: those of f(x) = A x + b round c are A c + b -+ eps ||A||_q, with 1/p + 1/q
+= 1 (``measures.bounds``). Certified training minimises an upper bound of the worst cross-entropy in a ball whose
 radius grows from 0 (``objectives.certified``):
 
     L = log sum_j exp(m_j) <= log((1 - g) F + g sum_j exp(upper_j)),    m_j = f_j - f_y

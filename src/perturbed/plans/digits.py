@@ -165,7 +165,7 @@ class Digits:
 
     Args:
         model: ``cnn`` (22k weights at width 16), ``vit`` (Transformers' class) or ``mlp`` (9k weights).
-        width: channels of the first convolution; half the hidden size of the transformer; a quarter of the mlp's.
+        width: channels of the first convolution; half the hidden size of the transformer; a quarter of that of the mlp.
         batch: examples in a batch.
         pretrain_steps: updates of the first stage; 21 are an epoch at the default batch.
         finetune_steps: updates of the second stage.

@@ -98,7 +98,8 @@ class SparseLowRankLinear(Module):
     in neither the checkpoint nor the graph.
 
     Initial draws, with U(a) uniform on [-a, a]: ``down`` U(1/sqrt(in)), ``up`` 0, entries of S U(1/sqrt(in)), bias
-    U(1/sqrt(out)). Without S the product would begin at 0, so ``up`` is then U(1/sqrt(rank)), as in two linear layers.
+    U(1/sqrt(out)). Without S, ``up`` is U(1/sqrt(rank)), as in two linear layers: were it 0 too, the layers of a block
+    would keep each other there (of a product of two zeros, as of a gate or of values and output, no gradient comes).
 
     Args:
         in_features: size of the input.
@@ -212,8 +213,7 @@ class SparseLowRank:
         scale: factor of the product, alpha / r in the paper.
         where: glob of the linear layers.
         stage: glob of the stages to act in.
-        start: draws of the ``paper``; the same with the product at ``zero`` also where there are no sparse entries; or
-            entries and bias of the ``layer`` that is replaced.
+        start: draws of the ``paper``, or entries and bias of the ``layer`` that is replaced.
         train_sparse: whether the sparse entries are trained, or stay as they were drawn.
     """
 
@@ -222,7 +222,7 @@ class SparseLowRank:
     scale: float = 0.25
     where: str = "*layer*"
     stage: str = "*"
-    start: Literal["paper", "zero", "layer"] = "paper"
+    start: Literal["paper", "layer"] = "paper"
     train_sparse: bool = True
 
     SITES: ClassVar[tuple[Site, ...]] = ("weights",)
@@ -232,7 +232,7 @@ class SparseLowRank:
     STRONG: ClassVar = {"rank": 2, "density": 0.03, "start": "paper", "train_sparse": True}
 
     def __post_init__(self) -> None:
-        starts = ("paper", "zero", "layer")
+        starts = ("paper", "layer")
         if self.start not in starts:
             raise PlanError(f"SparseLowRank: no start {self.start!r}: {nearest(self.start, starts)}")
         if self.rank < 0 or not 0 <= self.density <= 1 or self.rank == self.density == 0:
@@ -258,8 +258,6 @@ class SparseLowRank:
         sizes = (old.in_features, old.out_features)
         new = SparseLowRankLinear(*sizes, self.rank, self.density, self.scale, bias, rng).to(old.weight)
         with torch.no_grad():
-            if self.start == "zero" and new.up is not None:
-                new.up.zero_()
             if self.start == "layer" and new.values is not None:
                 new.values.copy_(old.weight.flatten()[new.support].view_as(new.values))
             if self.start == "layer" and new.bias is not None:

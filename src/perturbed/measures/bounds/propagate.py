@@ -150,14 +150,16 @@ class Propagation:
         if isinstance(node.op, Leaf):
             return self.balls[node.name].box(self.value(node))
         if self._by_interval(node):
-            return node.op.interval(node, *(self.bounds(n) for n in node.inputs))
+            low, high = node.op.interval(node, *(self.bounds(n) for n in node.inputs))
+            # infinite ends, which intervals of deep networks soon have, give inf - inf and 0 * inf
+            return low.masked_fill(low.isnan(), -math.inf), high.masked_fill(high.isnan(), math.inf)
         found = [self._ends(node, a) for a in self._each(node)]
         low, high = (torch.cat(ends, 1).view(node.shape) for ends in zip(*found, strict=True))
         if node not in self.graph.positive:
             return low, high
         if self._plain is None:
             self._plain = Propagation(self.graph, self.x, self.balls, "ibp")
-        return torch.maximum(low, self._plain.bounds(node)[0]), high
+        return torch.fmax(low, self._plain.bounds(node)[0]), high
 
     def _ends(self, node: Node, a: Coefficients) -> Interval:
         low, high = self._backward(node, a, (True, True))

@@ -39,10 +39,12 @@ def tangent(f: Function, df: Function, at: Tensor) -> tuple[Tensor, Tensor]:
     return slope, f(at) - slope * at
 
 
-def chord(f: Function, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and intercept of the line through both ends; of (nearly) equal ends, of a line through the first."""
+def chord(f: Function, low: Tensor, high: Tensor, df: Function | None = None) -> tuple[Tensor, Tensor]:
+    """Slope and intercept of the line through both ends; of nearly equal ones, of slope ``df`` through the first."""
     first = f(low)
     slope = (f(high) - first) / (high - low).clamp(min=NARROW)
+    if df is not None:  # a quotient of two rounding errors would be carried on, enlarged, to all that comes before
+        slope = torch.where(high - low > 1e-5 * (1 + low.abs()), slope, df(low))
     return slope, first - slope * low
 
 
@@ -82,7 +84,7 @@ def s_shaped(f: Function, df: Function, low: Tensor, high: Tensor) -> Lines:
     meets the function at ``high``, but touching no further right than the middle. The upper line is its mirror image.
     """
     middle = (low + high) / 2
-    line = chord(f, low, high)
+    line = chord(f, low, high, df)
     reach_low, reach_high = low.clamp(max=0), high.clamp(min=0)
     at_low = bisect(lambda d: f(d) + df(d) * (reach_high - d) <= f(reach_high), reach_low, torch.zeros_like(low))
     at_high = bisect(lambda d: f(d) + df(d) * (reach_low - d) >= f(reach_low), reach_high, torch.zeros_like(low))
@@ -113,7 +115,7 @@ def gelu_slope(z: Tensor) -> Tensor:
 def gelu(low: Tensor, high: Tensor) -> Lines:
     """The exact GELU, z * Phi(z), with its two changes of curvature at plus and minus the root of 2."""
     f, df = F.gelu, gelu_slope
-    middle, line = (low + high) / 2, chord(f, low, high)
+    middle, line = (low + high) / 2, chord(f, low, high, df)
     slope, through = line[0].detach(), tangent(f, df, middle)
     bend, lowest = torch.full_like(low, BEND), torch.full_like(low, GELU_LOWEST)
     far_right, far_left = high.clamp(min=BEND), low.clamp(max=-BEND)
@@ -144,17 +146,21 @@ def gelu(low: Tensor, high: Tensor) -> Lines:
 def exp(low: Tensor, high: Tensor) -> Lines:
     """The exponential: chord above; tangent below, at most 0.99 right of ``low`` so that it stays positive there."""
     at = torch.minimum((low + high) / 2, low + 0.99)
-    return Lines(*tangent(torch.exp, torch.exp, at), *chord(torch.exp, low, high))
+    return Lines(*tangent(torch.exp, torch.exp, at), *chord(torch.exp, low, high, torch.exp))
 
 
 def log(low: Tensor, high: Tensor) -> Lines:
     """The logarithm of positive numbers: chord below, tangent at the middle above."""
-    return Lines(*chord(torch.log, low, high), *tangent(torch.log, torch.reciprocal, (low + high) / 2))
+    return Lines(*chord(torch.log, low, high, torch.reciprocal), *tangent(torch.log, torch.reciprocal, (low + high) / 2))
 
 
 def sqrt(low: Tensor, high: Tensor) -> Lines:
     """The root of positive numbers: chord below, tangent at the middle above."""
-    return Lines(*chord(torch.sqrt, low, high), *tangent(torch.sqrt, lambda z: 0.5 * z**-0.5, (low + high) / 2))
+
+    def slope(z: Tensor) -> Tensor:
+        return 0.5 * z**-0.5
+
+    return Lines(*chord(torch.sqrt, low, high, slope), *tangent(torch.sqrt, slope, (low + high) / 2))
 
 
 def reciprocal(low: Tensor, high: Tensor) -> Lines:
