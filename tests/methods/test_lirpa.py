@@ -64,7 +64,7 @@ def test_a_transformer_of_transformers_trains_on_bounds_and_is_measured() -> Non
     measured = STUDY.measures[0]
     two = {"held_out": Split("digits", 10, "test", at_most=2)}
     plan = plan.replace(facts=dataclasses.replace(plan.facts, more=two), measures=(measured,))
-    rule = CertifiedTraining(eps=1e-3, ramp=0.0, ease="separate", stage="finetune")
+    rule = CertifiedTraining(eps=1e-6, ramp=0.0, ease="separate", stage="finetune")
     control, treated = (Engine(apply(plan, arm), 0, Store(None)).run() for arm in ([], [rule]))
     assert control.weights != treated.weights
     assert treated.scores["accuracy_certified"] is not None

@@ -8,7 +8,7 @@ radius grows from 0 (``objectives.certified``):
 
     L = log sum_j exp(m_j) <= log((1 - g) F + g sum_j exp(upper_j)),    m_j = f_j - f_y
 
-Here g is the radius as a part of its largest, upper_j the interval bound of m_j, and F bounds the sum by lines: exp lies
+Here g is the radius as a part of its largest, upper_j the interval bound of m_j, and F bounds the sum by lines: exp is
 below its chord between the interval bounds of m_j, which makes the sum one linear function an example in place of K of
 them. This is loss fusion; without it, upper bounds of every m_j by lines are mixed with the upper_j.
 
@@ -21,8 +21,7 @@ and under PGD.
 Departures from the paper, whose figures here are from memory:
 
 - Digits of 8x8 pixels and an MLP with 9k weights, radius 0.1 of the pixel range, in place of CIFAR-10 at 8/255, Tiny
-  ImageNet and Downscaled ImageNet at 1/255, and SST-2. With K = 10 fusion saves little; its gain in time is in
-  ``docs/bounds.md``.
+  ImageNet and Downscaled ImageNet at 1/255, and SST-2. With K = 10 fusion saves little.
 - 5 epochs of clean training, then 60 of which the radius grows during the first 42; SGD at a constant rate without
   clipping, where the released code has Adam, clipping at norm 8, and a falling rate.
 - Bounds are cut to the legal pixel range. S-shaped functions get tangents by bisection, the released code a table.

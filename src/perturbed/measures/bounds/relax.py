@@ -151,7 +151,9 @@ def exp(low: Tensor, high: Tensor) -> Lines:
 
 def log(low: Tensor, high: Tensor) -> Lines:
     """The logarithm of positive numbers: chord below, tangent at the middle above."""
-    return Lines(*chord(torch.log, low, high, torch.reciprocal), *tangent(torch.log, torch.reciprocal, (low + high) / 2))
+    return Lines(
+        *chord(torch.log, low, high, torch.reciprocal), *tangent(torch.log, torch.reciprocal, (low + high) / 2)
+    )
 
 
 def sqrt(low: Tensor, high: Tensor) -> Lines:
