@@ -1,4 +1,4 @@
-"""Would a Transformers model of one's own, tuned on a text of one's own, gain from flatter steps? What would sparsity cost?
+"""Would a Transformers model, tuned on a text of one's own, gain from flatter steps, and what would sparsity cost it?
 
 ``python examples/own_text.py MODEL_FOLDER TEXT_FILE`` asks both, alone and together, and writes a page.
 """

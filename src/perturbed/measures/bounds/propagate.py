@@ -151,8 +151,7 @@ class Propagation:
             return self.balls[node.name].box(self.value(node))
         if self._by_interval(node):
             low, high = node.op.interval(node, *(self.bounds(n) for n in node.inputs))
-            # infinite ends, which intervals of deep networks soon have, give inf - inf and 0 * inf
-            return low.masked_fill(low.isnan(), -math.inf), high.masked_fill(high.isnan(), math.inf)
+            return _known(low, -math.inf), _known(high, math.inf)
         found = [self._ends(node, a) for a in self._each(node)]
         low, high = (torch.cat(ends, 1).view(node.shape) for ends in zip(*found, strict=True))
         if node not in self.graph.positive:
@@ -247,7 +246,15 @@ class Propagation:
                 pair = (down[0][i] if down[0] else None, up[0][i] if up[0] else None)
                 if pair != (None, None):
                     held.setdefault(n, []).append(pair)
-        return low_end, high_end
+        return (
+            None if low_end is None else _known(low_end, -math.inf),
+            None if high_end is None else _known(high_end, math.inf),
+        )
+
+
+def _known(end: Tensor, worst: float) -> Tensor:
+    """Ends with ``worst`` where infinite intervals, which deep networks soon have, gave inf - inf or 0 * inf."""
+    return end.masked_fill(end.isnan(), worst)
 
 
 def _plus(one: Tensor | None, two: Tensor | None) -> Tensor | None:
