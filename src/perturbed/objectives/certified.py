@@ -79,7 +79,7 @@ def worst_loss(found: Propagation, labels: Tensor, ease: Ease, part: float) -> T
     if ease != "fused":
         return high.logsumexp(1)
     most = high.detach().amax(1, keepdim=True)
-    slope, above = chord(torch.exp, low - most, high - most)
+    slope, above = chord(torch.exp, low - most, high - most, torch.exp)
     line = (slope.unsqueeze(1) @ rows, (above - slope * most).sum(1))
     fused = _upper(found, line[0]).squeeze(1) + line[1]
     each = (high - most).exp().sum(1)
