@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,14 @@ class Shares:
         return ShareStream(ctx, self.batch)
 
 
+class LateStore(Store):
+    """The other process reads late, so that what the first one writes meanwhile would be noticed."""
+
+    def get(self, key):
+        time.sleep(0.1 * (accelerator().process_index > 0))
+        return super().get(key)
+
+
 def build(ctx):
     return nn.Linear(6, 2)
 
@@ -56,7 +65,7 @@ def plan(loss=toy.loss):
 
 
 def main(root: str, kind: str) -> None:
-    store = Store(Path(root) / "store")
+    store = LateStore(Path(root) / "store")
     engine = Engine(plan(bad_on_one_rank if kind == "diverging" else toy.loss), 0, store, checkpoint_s=0.005)
     result = engine.run()
     if accelerator().is_main_process:

@@ -174,6 +174,7 @@ class Engine:
             StoreError: the store cannot be read or written.
         """
         kept = self.kept()
+        accelerator().wait_for_everyone()  # nobody writes before all have read: they must take the same turn
         if kept is not None:
             return kept
         with self._stopping:
@@ -230,6 +231,7 @@ class Engine:
             stage = self.plan.stage(ref.partition("@")[0])
             with self._alone(self.key(stage.name)):
                 tree = self._get(key)
+                accelerator().wait_for_everyone()
                 if tree is None:
                     with threads(self.plan.threads), torch.enable_grad():
                         self._train(stage)
@@ -344,9 +346,11 @@ class Engine:
         try:
             trainer.train()
         except Diverged as e:
-            for ref in (stage.name, *(f"{stage.name}@{step}" for step in stage.snapshots)):
-                if self._get(self.key(ref)) is None:
-                    self._put(self.key(ref), {"diverged": str(e), **trainer.spent()})
+            refs = [stage.name, *(f"{stage.name}@{step}" for step in stage.snapshots)]
+            missing = [key for key in map(self.key, refs) if self._get(key) is None]
+            accelerator().wait_for_everyone()
+            for key in missing:
+                self._put(key, {"diverged": str(e), **trainer.spent()})
         finally:
             release()
         self._drop(f"{self.key(stage.name)}-partial")
