@@ -243,6 +243,7 @@ def test_compare_in_combination(perturbed, tmp_path):
 def test_ctrl_c_leaves_checkpoints_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "perturbed", "run", SLUG, "--seeds", "1", "--workers", "2", "--json"]
     command += ["--out", str(tmp_path / "r"), "--set", "plan.pretrain_steps=3000", "--arms", "slow_fast"]
+    command += ["--set", "plan.finetune_steps=20"]
     env = {**os.environ, "PERTURBED_HOME": str(tmp_path / "home2")}
     child = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
