@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from perturbed.core.plan import Intervention, Plan, apply
 from perturbed.core.registry import Card, Method, card, load
@@ -57,7 +58,7 @@ def setting(
     smoke = _with_arms(apply_settings(smoke, _of_arms(settings, at)), arms) if smoke else None
     changed = bool(settings or arms) or plan is not None
     fixed = not changed and chosen == tuple(range(study.seeds)) and scale in ("laptop", "full")
-    registered = fixed and settings_of_runs() | PLAIN == settings_of_runs()
+    registered = fixed and PLAIN.items() <= settings_of_runs().items()
     command = _command("run", [slug], chosen, scale, arms, settings, plan)
     return Setting(at, scale, chosen, smoke, method.card, registered, command)
 
@@ -240,26 +241,15 @@ def methods_as_arms(slugs: Sequence[str]) -> dict[str, Arm]:
 
 
 def compare_methods(
-    slugs: Sequence[str],
-    plan: str,
-    *,
-    seeds: Seeds = 8,
-    metric: str | None = None,
-    direction: Direction | None = None,
-    epsilon: float | None = None,
-    factorial: bool = False,
-    workers: int | None = None,
-    on: Place = "local",
+    slugs: Sequence[str], plan: str, *, seeds: Seeds = 8, factorial: bool = False, **how: Any
 ) -> Record:
-    """``compare`` with the primary arms of methods."""
+    """``compare`` with the primary arms of methods, and the command that reproduces it."""
     words = [_command("compare", slugs, _seeds(seeds), None, (), (), plan)]
     words += ["--factorial"] if factorial else []
-    decides = {"--metric": metric, "--direction": direction, "--epsilon": epsilon}
-    words += [f"{option} {shlex.quote(str(value))}" for option, value in decides.items() if value is not None]
-    return compare(
-        plan, methods_as_arms(slugs), seeds=seeds, metric=metric, direction=direction, epsilon=epsilon,
-        factorial=factorial, workers=workers, on=on, command=" ".join(words),
-    )  # fmt: skip
+    decides = {name: how.get(name) for name in ("metric", "direction", "epsilon")}
+    words += [f"--{name} {shlex.quote(str(value))}" for name, value in decides.items() if value is not None]
+    command = " ".join(words)
+    return compare(plan, methods_as_arms(slugs), seeds=seeds, factorial=factorial, command=command, **how)
 
 
 __all__ = ["Card", "Method", "card", "compare", "compare_methods", "load", "run", "setting"]

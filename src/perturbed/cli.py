@@ -437,7 +437,7 @@ def print_record(record: Record) -> None:
         effect = "–" if entry["effect"] is None else f"{entry['effect']:+.4g}"
         p = "–" if entry["p"] is None else f"{entry['p']:.3g}"
         label = f"[bold]{arm}[/]{against}" if arm == record["primary"] else f"{arm}{against}"
-        table.add_row(label, mean, effect, interval.replace("[", r"\["), p, colour(entry["verdict"]))
+        table.add_row(label, mean, effect, escape(interval), p, colour(entry["verdict"]))
     out.print(table)
     for pair, found in record.get("interaction", {}).items():
         if found["effect"] is not None:

@@ -127,10 +127,11 @@ def source_hash(module: str) -> str:
 
 def _collect(name: str, file: Path, seen: dict[str, str]) -> None:
     top = name.split(".")[0]
-    installed = {"site-packages", "dist-packages"} & set(file.parts) or _STDLIB in file.parents
-    if installed and top != __package__.split(".")[0]:
+    elsewhere = {"site-packages", "dist-packages"} & set(file.parts) or _STDLIB in file.parents
+    if elsewhere and top != __package__.split(".")[0]:
         seen |= _distributions(top)
-    if name in seen or file.suffix != ".py" or (installed and top != __package__.split(".")[0]):
+        return
+    if name in seen or file.suffix != ".py":
         return
     text = file.read_text(encoding="utf-8")
     seen[name] = hashlib.sha256(text.encode()).hexdigest()

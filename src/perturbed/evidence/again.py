@@ -97,7 +97,7 @@ def rerun(slug: str) -> str:
         fresh = run_study(asked, Pool(Path(folder)), bars.listen)
     _compare(slug, record, fresh)
     effect = fresh["arms"][fresh["primary"]]["effect"]
-    return f"{slug} run again: {fresh['verdict']}, as committed" + (f", effect {effect:.4g}" if effect else "")
+    return f"{slug} run again: {fresh['verdict']}, as committed" + ("" if effect is None else f", effect {effect:.4g}")
 
 
 def _compare(slug: str, record: dict[str, Any], fresh: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from perturbed.evidence import figures, statistics
 from perturbed.evidence.figures import DASH, MINUS, Record, number, places, signed, span
-from perturbed.evidence.verdict import unspecific
+from perturbed.evidence.verdict import sham_on_either_side, unspecific
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -434,7 +434,7 @@ def _sham(record: Record) -> str | None:
     text = f"{record['primary']} {MINUS} {sham} = {mean}{_unit(record)} on average. "
     if record.get("specific") is None:
         return text + "Whether that is more than chance was not judged."
-    either_side = record["direction"] == "equal" or record["reference"] != "control"  # as in `verdict`
+    either_side = sham_on_either_side(record)
     where = "zero" if either_side else "zero on the side of the effect"
     apart = "another than" if either_side else "more than"
     if record["specific"]:

@@ -195,8 +195,7 @@ def judge_pair(control: verdict.Scores, treatment: verdict.Scores, **setting: An
     Raises:
         ValueError: Seeds are not in both arms, or a setting is refused.
     """
-    arms = {name: dict(of if isinstance(of, Mapping) else enumerate(of)) for name, of in
-            (("control", control), ("treatment", treatment))}  # fmt: skip
+    arms = {"control": verdict.by_seed(control), "treatment": verdict.by_seed(treatment)}
     return judge_scores(arms, control="control", treatment="treatment", **setting)
 
 

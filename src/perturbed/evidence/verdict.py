@@ -204,8 +204,7 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
     found = judged[primary]
     specific = None
     if sham is not None and sham in scores and sham != primary:
-        either_side = record["direction"] == "equal" or record["reference"] != "control"
-        specific = _specific(found.effect, contrast(primary, sham), either_side)
+        specific = _specific(found.effect, contrast(primary, sham), sham_on_either_side(record))
     return {
         "arms": {
             arm: {
@@ -229,6 +228,11 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def sham_on_either_side(record: Mapping[str, Any]) -> bool:
+    """Whether treatment - sham may differ from 0 on any side: it stands beside the control, which is not compared."""
+    return bool(record["direction"] == "equal" or record["reference"] != "control")
+
+
 def unspecific(record: Mapping[str, Any]) -> bool:
     """Whether the sham takes something away from an effect that was found; a null has nothing to lose."""
     return record.get("specific") is False and record["verdict"] in ("supported", "contradicted", "deterministic")
@@ -247,8 +251,13 @@ def _check_settings(direction: str, epsilon: float | None, alpha: float, transfo
         raise ValueError("direction 'equal' needs an epsilon: say how large a difference would still count as equal")
 
 
+def by_seed(scores: Scores) -> dict[Any, float | None]:
+    """``{seed: score}`` of a mapping as it is, or of scores in the order of seeds from 0."""
+    return dict(scores if isinstance(scores, Mapping) else enumerate(scores))
+
+
 def _pair(treatment: Scores, reference: Scores) -> tuple[list[Any], list[Any], list[Any]]:
-    t, c = (scores if isinstance(scores, Mapping) else dict(enumerate(scores)) for scores in (treatment, reference))
+    t, c = by_seed(treatment), by_seed(reference)
     lonely = [
         f"seed{'s' * (len(only) > 1)} {', '.join(map(str, only))} only in the {arm}"
         for arm, only in (("treatment", [s for s in t if s not in c]), ("reference", [s for s in c if s not in t]))

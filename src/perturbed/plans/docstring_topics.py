@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from perturbed.core.context import Ctx
 from perturbed.core.keys import digest, versions
-from perturbed.core.plan import Batch, Facts, Measure, Plan, Stage
+from perturbed.core.plan import Batch, Facts, Measure, Plan, Stage, check_sizes
 from perturbed.data import corpora
 from perturbed.data.arrays import Epochs
 from perturbed.data.documents import held_out
@@ -378,11 +378,7 @@ class DocstringTopics:
             raise PlanError(f"{self.NAME}: no model {self.model!r}: {nearest(self.model, get_args(Kind))}")
         if not 1 <= self.tuned <= minilm.LAYERS:
             raise PlanError(f"{self.NAME}: tuned={self.tuned} must be from 1 to {minilm.LAYERS}")
-        for name in ("width", "layers", "train", "test", "batch"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{self.NAME}: {name}={getattr(self, name)} must be at least 1")
-        if self.lr <= 0:
-            raise PlanError(f"{self.NAME}: lr={self.lr} must be above 0")
+        check_sizes(self.NAME, self, ("width", "layers", "train", "test", "batch"), ("lr",))
         if self.width % 4:
             raise PlanError(f"{self.NAME}: width={self.width} must be a multiple of its 4 heads")
         if self.words < FEWEST_WORDS:
