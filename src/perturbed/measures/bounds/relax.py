@@ -54,8 +54,11 @@ def pick(mask: Tensor, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -
 
 
 @torch.no_grad()
-def bisect(holds: Function, sure: Tensor, doubtful: Tensor, steps: int = 40) -> Tensor:
-    """The point nearest to ``doubtful`` at which ``holds``, which is true at ``sure`` and changes once on the way."""
+def bisect(holds: Function, sure: Tensor, doubtful: Tensor, steps: int = 24) -> Tensor:
+    """The point nearest to ``doubtful`` at which ``holds``, which is true at ``sure`` and changes once on the way.
+
+    It is found to 2^-steps of the way: what float32 tells apart.
+    """
     sure, doubtful = sure.clone(), doubtful.clone()
     for _ in range(steps):
         middle = (sure + doubtful) / 2
@@ -77,34 +80,44 @@ def leaky_relu(low: Tensor, high: Tensor, slope: float = 0.0) -> Lines:
     return Lines(lower_slope, None, upper_slope, upper)
 
 
-def s_shaped(f: Function, df: Function, low: Tensor, high: Tensor) -> Lines:
-    """An increasing function that is convex below zero and concave above (tanh, sigmoid).
+def s_shaped(f: Function, slope_at: Function, low: Tensor, high: Tensor) -> Lines:
+    """An increasing function, convex below zero and concave above, with f(-z) = 2 f(0) - f(z) (tanh, sigmoid).
 
     Lower line: the chord where the function is concave all over or lies above it, else the tangent whose far end just
     meets the function at ``high``, but touching no further right than the middle. The upper line is its mirror image.
+    ``slope_at`` gives the derivative from the function's value, so that one evaluation serves both.
     """
+
+    def df(z: Tensor) -> Tensor:
+        return slope_at(f(z))
+
     middle = (low + high) / 2
     line = chord(f, low, high, df)
-    reach_low, reach_high = low.clamp(max=0), high.clamp(min=0)
-    at_low = bisect(lambda d: f(d) + df(d) * (reach_high - d) <= f(reach_high), reach_low, torch.zeros_like(low))
-    at_high = bisect(lambda d: f(d) + df(d) * (reach_low - d) >= f(reach_low), reach_high, torch.zeros_like(low))
+    near, far = torch.stack([low, -high]).clamp(max=0), torch.stack([high, -low]).clamp(min=0)
+    end = f(far)
+
+    def meets(d: Tensor) -> Tensor:
+        value = f(d)
+        return value + slope_at(value) * (far - d) <= end
+
+    at_low, at_high = bisect(meets, near, torch.zeros_like(near)).unbind()
     both = (low < 0) & (high > 0)
     slope = line[0].detach()
     straight_low = (low >= 0) | (both & (slope < df(low)))
     straight_high = (high <= 0) | (both & (slope < df(high)))
     lower = pick(straight_low, line, tangent(f, df, torch.minimum(at_low, middle)))
-    upper = pick(straight_high, line, tangent(f, df, torch.maximum(at_high, middle)))
+    upper = pick(straight_high, line, tangent(f, df, torch.maximum(-at_high, middle)))
     return Lines(*lower, *upper)
 
 
 def tanh(low: Tensor, high: Tensor) -> Lines:
     """The hyperbolic tangent."""
-    return s_shaped(torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, low, high)
+    return s_shaped(torch.tanh, lambda value: 1 - value**2, low, high)
 
 
 def sigmoid(low: Tensor, high: Tensor) -> Lines:
     """The logistic function."""
-    return s_shaped(torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), low, high)
+    return s_shaped(torch.sigmoid, lambda value: value * (1 - value), low, high)
 
 
 def gelu_slope(z: Tensor) -> Tensor:
