@@ -98,3 +98,8 @@ def test_wrong_fields_are_named():
         DigitsDiffusion(width=6)
     with pytest.raises(PlanError, match=r"label_drop=1.5 must be in \[0, 1\]"):
         DigitsDiffusion(label_drop=1.5)
+    for name in ("batch", "samples", "sampling_steps", "judge_steps"):
+        with pytest.raises(PlanError, match=f"{name}=0 must be at least 1"):
+            DigitsDiffusion(**{name: 0})
+    with pytest.raises(PlanError, match=r"lr=-1.0 must be above 0"):
+        DigitsDiffusion(lr=-1.0)

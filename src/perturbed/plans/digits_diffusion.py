@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from perturbed.core.context import Ctx
-from perturbed.core.plan import Facts, Measure, Plan, Stage
+from perturbed.core.plan import Facts, Measure, Plan, Stage, check_sizes
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
 from perturbed.data.arrays import Epochs
@@ -143,6 +143,7 @@ class DigitsDiffusion:
             raise PlanError(f"{self.NAME}: no model {self.model!r}: {nearest(self.model, get_args(Network))}")
         if self.width < 4 or self.width % 4:
             raise PlanError(f"{self.NAME}: width={self.width} must be a multiple of 4")
+        check_sizes(self.NAME, self, ("batch", "samples", "sampling_steps", "judge_steps"), ("lr",))
         if not 0 <= self.label_drop <= 1:
             raise PlanError(f"{self.NAME}: label_drop={self.label_drop} must be in [0, 1]")
 
