@@ -324,6 +324,19 @@ def test_modes_are_told_hidden_or_made_up():
 
 
 @torch.no_grad()
+def test_altered_inputs_are_read_and_the_true_tokens_asked_for():
+    mixture, clean = MixtureOfDenoisers(tokens=IDS), windows(40)
+    ids = clean["input_ids"]
+    hidden = torch.rand(ids.shape, generator=generator(3)) < 0.3
+    altered = {**clean, "input_ids": torch.where(hidden, 99, ids), "labels": ids}
+    plain, made = mixture.batch(clean, context()), mixture.batch(altered, context())
+    assert torch.equal(made["said"][made["wanted"]], plain["said"][plain["wanted"]])
+    assert (made["input_ids"][made["wanted"]] == 99).float().mean() > 0.2, "what was hidden stays hidden as an input"
+    unasked = {**altered, "labels": torch.full_like(ids, -100)}
+    assert torch.equal(mixture.batch(unasked, context())["said"], made["input_ids"]), "no label: the text's own token"
+
+
+@torch.no_grad()
 def test_the_loss_weighs_windows_by_their_number():
     model, batch = llama(), windows(10)
     slot = Denoised(next_token_loss, MixtureOfDenoisers(share=0.4, tokens=IDS))

@@ -141,12 +141,14 @@ class Example:
         segments: part of the text that each belongs to; -1 for the mode token, which all of them see.
         inputs: how many belong to mode token and input.
         places: place in the text that each comes from, -1 for what is no token of the text.
+        said: what a model that predicts each of them should say: ``ids``, unless the text was altered.
     """
 
     ids: list[int]
     segments: list[int]
     inputs: int
     places: list[int]
+    said: list[int]
 
 
 @dataclass(frozen=True)
@@ -177,18 +179,28 @@ class Vocabulary:
             )
         return cls(tuple(tokens[:3]), tokens[3], tuple(tokens[4:]))
 
-    def example(self, text: Sequence[int], segments: Sequence[int], spans: Sequence[Span], mode: str | None) -> Example:
-        """``text`` with ``spans`` hidden, announced by the token of ``mode``."""
+    def example(
+        self,
+        text: Sequence[int],
+        segments: Sequence[int],
+        spans: Sequence[Span],
+        mode: str | None,
+        labels: Sequence[int] | None = None,
+    ) -> Example:
+        """``text`` with ``spans`` hidden, announced by the token of ``mode``.
+
+        ``labels`` are the tokens to be said where others stand in the text (below 0: those of the text).
+        """
         source, target, from_source, from_target = corrupt(text, spans, self.sentinels, self.end)
         first = [] if mode is None else [self.modes[MODES.index(mode)]]
         special = {self.end, *self.sentinels}
-        ids, places = [*source, *target], [*from_source, *from_target]
-        return Example(
-            [*first, *ids],
-            [*([-1] * len(first)), *(segments[i] for i in places)],
-            len(first) + len(source),
-            [*([-1] * len(first)), *(-1 if t in special else i for t, i in zip(ids, places, strict=True))],
-        )
+        ids = [*first, *source, *target]
+        marks = [*([-1] * len(first)), *(segments[i] for i in (*from_source, *from_target))]
+        origin = [*([-1] * len(first)), *from_source, *from_target]
+        places = [-1 if t in special else i for t, i in zip(ids, origin, strict=True)]
+        known = text if labels is None else [new if new >= 0 else old for new, old in zip(labels, text, strict=True)]
+        said = [t if i < 0 else known[i] for t, i in zip(ids, places, strict=True)]
+        return Example(ids, marks, len(first) + len(source), places, said)
 
 
 def free_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -220,14 +232,15 @@ def collate(examples: Sequence[Example], length: int, device: torch.device | Non
     """Examples as one batch of rows of ``length`` tokens, for ``causal_logits`` and ``denoising_losses``.
 
     Returns:
-        ``input_ids``, ``position_ids`` [B, T], ``attention_mask`` [B, 1, T, T] and ``wanted`` [B, T], bool: the tokens
-        of the target after its first sentinel whose predecessor is of their segment. Rows are filled up with their last
-        token, which nothing before it sees.
+        ``input_ids``, ``said``, ``position_ids`` [B, T], ``attention_mask`` [B, 1, T, T] and ``wanted`` [B, T], bool:
+        the tokens of the target after its first sentinel whose predecessor is of their segment. Rows are filled up with
+        their last token, which nothing before it sees.
     """
-    ids, segments, wanted = [], [], []
+    ids, said, segments, wanted = [], [], [], []
     for example in examples:
         size, left = len(example.ids), length - len(example.ids)
         ids.append(example.ids + example.ids[-1:] * left)
+        said.append(example.said + example.said[-1:] * left)
         segments.append(example.segments + example.segments[-1:] * left)
         wanted.append(
             [i > example.inputs and example.segments[i] == example.segments[i - 1] for i in range(size)]
@@ -237,6 +250,7 @@ def collate(examples: Sequence[Example], length: int, device: torch.device | Non
     inputs = torch.tensor([e.inputs for e in examples], device=device)
     return {
         "input_ids": torch.tensor(ids, device=device),
+        "said": torch.tensor(said, device=device),
         "position_ids": torch.arange(length, device=device).expand(len(ids), -1),
         "attention_mask": prefix_mask(inputs, marks),
         "wanted": torch.tensor(wanted, device=device),
@@ -249,7 +263,7 @@ def denoising_losses(model: Module, batch: Batch) -> tuple[Tensor, Tensor]:
         "input_ids": batch["input_ids"][:, :-1], "position_ids": batch["position_ids"][:, :-1],
         "attention_mask": batch["attention_mask"][:, :, :-1, :-1],
     }  # fmt: skip
-    following = batch["input_ids"][:, 1:]
+    following = batch["said"][:, 1:]
     logits = causal_logits(model, shown)
     losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
     return losses.view_as(following), batch["wanted"][:, 1:]
@@ -309,11 +323,12 @@ class MixtureOfDenoisers:
 
         Args:
             windows: ``input_ids`` [B, T], with ``segment_ids`` [B, T] where packed, or ``attention_mask`` [B, T] where
-                filled up on the right.
+                filled up on the right, and ``labels`` [B, T] where another intervention altered the inputs.
             ctx: for tokenizer and draws.
         """
         vocabulary, ids = self.vocabulary(ctx), windows["input_ids"]
         segments = windows.get("segment_ids", torch.zeros_like(ids)).tolist()
+        labels = windows.get("labels", ids).tolist()
         lengths = windows.get("attention_mask", torch.ones_like(ids)).sum(1).tolist()
         rng = ctx.rng("spans")
         chosen = torch.multinomial(torch.tensor(self.weights), len(ids), replacement=True, generator=rng).tolist()
@@ -324,7 +339,7 @@ class MixtureOfDenoisers:
             mode = {"own": denoiser.mode, "none": None, "random": MODES[others[row]]}[self.mode]
             size = text_length(denoiser, lengths[row] - 1)
             spans = denoiser.spans(size, rng)
-            examples.append(vocabulary.example(text[:size], marks[:size], spans, mode))
+            examples.append(vocabulary.example(text[:size], marks[:size], spans, mode, labels[row][:size]))
         return collate(examples, ids.shape[1], ids.device)
 
 
