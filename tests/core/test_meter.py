@@ -1,6 +1,7 @@
 """The cost meter against closed forms."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from perturbed.core.meter import Cost, Meter
+from perturbed.core.plan import Measure
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
 
@@ -115,3 +117,15 @@ def test_an_attack_is_charged_its_gradient_passes():
 def test_costs_add_up_but_memory_and_parameters_do_not():
     one, two = Cost(1, 2, 3, 4, 5, 6, 70, 8, 9), Cost(1, 1, 1, 1, 1, 1, 10, 10, 1)
     assert dataclasses.astuple(one + two) == (2, 3, 4, 5, 6, 7, 70, 10, 9)
+
+
+def test_what_is_measured_is_told_apart_from_what_is_trained():
+    def slow(run):
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+        return {"answer": 1.0}
+
+    plan = dataclasses.replace(toy.plan(), measures=(Measure("answer", slow),))
+    cost = Engine(plan, 0, Store(None)).run().cost
+    assert cost.measuring_cpu_s >= 0.3 > cost.cpu_s

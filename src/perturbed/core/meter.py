@@ -24,6 +24,7 @@ class Cost:
     """Cost of a stage, or of the stages that an arm uses.
 
     ``grad_passes`` counts differentiable loss evaluations on a batch; ``flops`` those of training steps.
+    ``measuring_cpu_s`` is what prediction and measures took: there a change at inference shows.
     """
 
     wall_s: float = 0.0
@@ -35,6 +36,7 @@ class Cost:
     peak_bytes: int = 0
     params_trained: int = 0
     params_stored: int = 0
+    measuring_cpu_s: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         """Costs of both; memory and parameters are the larger of the two."""

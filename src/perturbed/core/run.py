@@ -203,7 +203,9 @@ class Engine:
                     curves.setdefault(name, []).append((done, math.nan if value is None else value))
         except Diverged as e:
             return Result({}, curves, cost, "", diverged=str(e))
+        began = time.process_time()
         scores |= self._measure(stage, "end")
+        cost.measuring_cpu_s = time.process_time() - began
         told = {name: _summary(artifact) for name, artifact in tree["artifacts"].items()}
         return Result(scores, curves, cost, tensors_hash(tree["model"]), artifacts=told)
 
