@@ -115,8 +115,8 @@ def test_an_attack_is_charged_its_gradient_passes():
 
 
 def test_costs_add_up_but_memory_and_parameters_do_not():
-    one, two = Cost(1, 2, 3, 4, 5, 6, 70, 8, 9), Cost(1, 1, 1, 1, 1, 1, 10, 10, 1)
-    assert dataclasses.astuple(one + two) == (2, 3, 4, 5, 6, 7, 70, 10, 9)
+    one, two = Cost(1, 2, 3, 4, 5, 6, 70, 8, 9, 10), Cost(1, 1, 1, 1, 1, 1, 10, 10, 1, 1)
+    assert dataclasses.astuple(one + two) == (2, 3, 4, 5, 6, 7, 70, 10, 9, 11)
 
 
 def test_what_is_measured_is_told_apart_from_what_is_trained():
