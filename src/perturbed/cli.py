@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from perturbed.errors import Interrupted, PerturbedError
+from perturbed.feed.commands import feed, serve
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +30,8 @@ cache = typer.Typer(help="The checkpoint store.", no_args_is_help=True)
 ledger = typer.Typer(help="The committed and your own evidence.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 app.add_typer(ledger, name="ledger")
+app.add_typer(feed, name="feed")
+app.command()(serve)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the HTML report.")]

@@ -113,7 +113,7 @@ def test_the_same_record_gives_the_same_page(record, source):
 
 def test_the_verdict_comes_first_and_in_words(record, source):
     text = Page(source).text
-    words = report._KINDS[record["verdict"]].meaning
+    words = report.KINDS[record["verdict"]].meaning
     assert words in text
     assert text.index(words) < text.index("Every seed") < text.index("Reproduce it")
 

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _HERE = Path(__file__).parent
+STYLE = _HERE / "style.css"
 _FEWEST_SEEDS = 6  # below, a study is a screening
 _ARXIV = re.compile(r"\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7}")
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """How one verdict is shown: a sign, what it means in one line, and the group of the index that it stands in."""
 
     sign: str
@@ -46,15 +47,15 @@ _GROUPS = {
     _OPEN: "More seeds, as a new record, would settle these.",
     _UNUSABLE: "A run diverged or a gate failed: mend and run again.",
 }
-_KINDS = {
-    "supported": _Kind("✓", "The claim held at this scale.", _ANSWERED),
-    "contradicted": _Kind("⇄", "The opposite of the claim held at this scale.", _ANSWERED),
-    "null": _Kind("=", "No effect worth having at this scale.", _ANSWERED),
-    "deterministic": _Kind("≡", "The same difference in every seed.", _ANSWERED),
-    "inconclusive": _Kind("?", "Neither an effect nor its absence was shown at this scale.", _OPEN),
-    "screening": _Kind("…", "A first look with few seeds; no verdict.", _OPEN),
-    "diverged": _Kind("∞", "A run ended without a finite score, so there is no verdict.", _UNUSABLE),
-    "invalid": _Kind("!", "A gate failed: these numbers cannot be relied upon.", _UNUSABLE),
+KINDS = {
+    "supported": Kind("✓", "The claim held at this scale.", _ANSWERED),
+    "contradicted": Kind("⇄", "The opposite of the claim held at this scale.", _ANSWERED),
+    "null": Kind("=", "No effect worth having at this scale.", _ANSWERED),
+    "deterministic": Kind("≡", "The same difference in every seed.", _ANSWERED),
+    "inconclusive": Kind("?", "Neither an effect nor its absence was shown at this scale.", _OPEN),
+    "screening": Kind("…", "A first look with few seeds; no verdict.", _OPEN),
+    "diverged": Kind("∞", "A run ended without a finite score, so there is no verdict.", _UNUSABLE),
+    "invalid": Kind("!", "A gate failed: these numbers cannot be relied upon.", _UNUSABLE),
 }
 
 _TIME = ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"))
@@ -71,6 +72,7 @@ _COSTS = {
     "peak_bytes": ("Peak memory", _BYTES),
     "params_trained": ("Parameters trained", _COUNT),
     "params_stored": ("Parameters stored", _COUNT),
+    "measuring_cpu_s": ("Measuring, CPU time", _TIME),
 }
 
 
@@ -142,51 +144,91 @@ def page_name(record: Record) -> str:
 # --- one study ---------------------------------------------------------------------------------------------------
 
 
-def _study(record: Record, history: Sequence[Record]) -> dict[str, Any]:
-    curves = record.get("curves") or {}
-    lines = sum(len(seeds) for arms in curves.values() for seeds in arms.values())
-    interactions = record.get("interaction") or {}
+def page_values(record: Record, history: Sequence[Record] = ()) -> dict[str, Any]:
+    """All that the page of a study says in words and numbers: everything but the figures, as its template reads it.
+
+    Args:
+        record: the study as ``run --json`` prints it, or a line of the ledger.
+        history: earlier records of the same study, oldest first.
+
+    Returns:
+        ``verdict`` (`shown_verdict`), ``story`` (its sentences), ``advice``, ``tiles``, ``registered``, ``ours``,
+        ``arms``, ``sham``, ``other_terms``, ``interactions``, ``secondary``, ``cost``, ``gates``, ``scores``,
+        ``origin`` and ``history``: text, ready to be escaped.
+
+    Raises:
+        KeyError: if the record lacks a field that every record has.
+    """
     return {
-        **_base(),
         "record": {**dict.fromkeys(("slug", "scale", "plan", "command", "epsilon")), **record},
         "claim": {"text": None, "paper": None, **(record.get("claim") or {})},
         "name": _name(record),
-        "verdict": _verdict(record),
+        "verdict": shown_verdict(record),
         "story": _story(record),
         "advice": _advice(record),
         "tiles": _tiles(record),
-        "spark": None if _primary(record).get("effect") is None else figures.sparkline(record),
         "registered": _registered(record),
         "arxiv": _arxiv(record),
         "ours": _ours(record),
-        "scores_figure": figures.paired_scores(record),
-        "differences_figure": figures.paired_differences(record),
         "arms": [_arm(record, arm) for arm in figures.arm_order(record)],
         "sham": _sham(record),
         "other_terms": _other_terms(record),
-        "interactions": [_interaction(record, name) for name in interactions],
+        "interactions": [_interaction(record, name) for name in record.get("interaction") or {}],
         "secondary": _secondary(record),
-        "curves": [
-            figures.learning_curves(record, metric, points=max(8, min(60, 7000 // max(lines, 1)))) for metric in curves
-        ],
         "cost": _cost(record),
         "gates": [_gate(name, gate) for name, gate in (record.get("gates") or {}).items()],
         "scores": _scores(record["scores"], record["seeds"]),
         "origin": _origin(record),
-        "history": [_history(old) for old in reversed(history)],
+        "history": [past_values(old) for old in reversed(history)],
     }
+
+
+def main_sentence(record: Record) -> str:
+    """The primary contrast in one sentence: the effect in words of the metric, or why there is none."""
+    return _lost(record) if _primary(record).get("effect") is None else _finding(record)
+
+
+def _study(record: Record, history: Sequence[Record]) -> dict[str, Any]:
+    words = page_values(record, history)
+    for interaction in words["interactions"]:
+        name = interaction["name"]
+        interaction["figure"] = figures.interaction_plot(record, name) if interaction["drawn"] else None
+    return {
+        **_base(),
+        **words,
+        "spark": None if _primary(record).get("effect") is None else figures.sparkline(record),
+        "scores_figure": figures.paired_scores(record),
+        "differences_figure": figures.paired_differences(record),
+        "curves": [curve(record, metric) for metric in record.get("curves") or {}],
+    }
+
+
+def curve(record: Record, metric: str) -> str:
+    """One learning curve, with fewer points a line the more lines the page holds, so that it stays small."""
+    lines = sum(len(seeds) for arms in record["curves"].values() for seeds in arms.values())
+    return figures.learning_curves(record, metric, points=max(8, min(60, 7000 // max(lines, 1))))
 
 
 def _name(record: Record) -> str:
     return str(record.get("title") or record.get("slug") or f"{record['primary']} against {record['reference']}")
 
 
-def _verdict(record: Record, verdict: str | None = None, trivial: bool | None = None) -> dict[str, Any]:
-    """What a template needs to show a verdict; an unknown one (of a later version) is shown as it is written."""
+def shown_verdict(record: Record, verdict: str | None = None, trivial: bool | None = None) -> dict[str, Any]:
+    """What a template needs to show a verdict; an unknown one (of a later version) is shown as it is written.
+
+    Args:
+        record: the record; its own verdict is shown unless another is given.
+        verdict: of one of its arms.
+        trivial: of that arm.
+
+    Returns:
+        ``word``, ``css`` (a class), ``sign``, ``meaning`` (one line), ``group`` (answered, open or unusable) and
+        ``trivial`` (only where that takes something away from the word).
+    """
     word = record["verdict"] if verdict is None else verdict
     trivial = bool(record.get("trivial")) if trivial is None else trivial
-    kind = _KINDS.get(word, _Kind("·", f"Verdict: {word}.", _OPEN))
-    css = word if word in _KINDS else "unknown"
+    kind = KINDS.get(word, Kind("·", f"Verdict: {word}.", _OPEN))
+    css = word if word in KINDS else "unknown"
     small = trivial and word not in ("null", "deterministic") and record["direction"] != "equal"
     return {"word": word, "css": css, "sign": kind.sign, "meaning": kind.meaning, "group": kind.group, "trivial": small}
 
@@ -203,12 +245,8 @@ def _story(record: Record) -> list[str]:
     if word == "invalid":
         failed = [f"{n} ({g.get('detail') or 'no detail'})" for n, g in record["gates"].items() if g["pass"] is False]
         told.append("Failed: " + "; ".join(failed) + "." if failed else "The record does not say which gate failed.")
-    if result.get("effect") is None:
-        told.append(_lost(record))
-        return told
-    told.append(_finding(record))
-    told += _qualifications(record)
-    return told
+    told.append(main_sentence(record))
+    return told if result.get("effect") is None else told + _qualifications(record)
 
 
 def _lost(record: Record) -> str:
@@ -260,7 +298,7 @@ def _range(record: Record, ends: Sequence[float], decimals: int) -> str:
 
 def _qualifications(record: Record) -> list[str]:
     word, epsilon = record["verdict"], record.get("epsilon")
-    margin = f"±{number(epsilon)}{_unit(record)}" if epsilon else ""
+    margin = f"±{number(epsilon)}{effect_unit(record)}" if epsilon else ""
     told = []
     if word == "null":
         told.append(
@@ -271,7 +309,7 @@ def _qualifications(record: Record) -> list[str]:
         told.append(f"Two one-sided tests place it within {margin}: equal, as claimed.")
     if word == "contradicted" and record["direction"] == "equal":
         told.append(f"The whole interval lies outside {margin}: not equal, as had been claimed.")
-    if _verdict(record)["trivial"]:
+    if shown_verdict(record)["trivial"]:
         told.append(f"But the whole interval lies within {margin}: too small to matter, so summaries count it as null.")
     if word == "inconclusive":
         told.append("The interval is too wide to tell an effect of interest from none.")
@@ -299,7 +337,7 @@ def _advice(record: Record) -> dict[str, str | None] | None:
     detectable, spread, seeds = _primary(record).get("detectable"), _spread(record), len(record["seeds"])
     if record["verdict"] != "inconclusive" or not detectable or not spread:
         return {"text": text, "command": None}
-    text = f"With {seeds} seeds, effects below {number(detectable, 2)}{_unit(record)} are likely missed. {text} "
+    text = f"With {seeds} seeds, effects below {number(detectable, 2)}{effect_unit(record)} are likely missed. {text} "
     if record.get("epsilon"):
         plan = f"--effect {record['epsilon']:.3g}"
         text += "How many would find the smallest effect of interest:"
@@ -315,7 +353,7 @@ def _spread(record: Record) -> float | None:
     return stdev(found) if len(found) > 1 else None
 
 
-def _unit(record: Record) -> str:
+def effect_unit(record: Record) -> str:
     """The unit of effects and of ε, to stand behind a number."""
     if record["transform"] == "log":
         return " ln units"
@@ -324,7 +362,7 @@ def _unit(record: Record) -> str:
 
 def _tiles(record: Record) -> list[dict[str, str]]:
     """The four numbers that a verdict rests on: effect, seeds, detectable effect, smallest effect of interest."""
-    result, unit = _primary(record), _unit(record)
+    result, unit = _primary(record), effect_unit(record)
     effect, interval, detectable = result.get("effect"), result.get("interval"), result.get("detectable")
     tiles = []
     if effect is not None:
@@ -412,7 +450,7 @@ def _arm(record: Record, arm: str) -> dict[str, Any]:
         "p_holm": _p(result.get("p_holm")),
         "detectable": number(result.get("detectable"), 2),
         "seeds": finite,
-        "verdict": _verdict(record, result["verdict"], bool(result.get("trivial"))),
+        "verdict": shown_verdict(record, result["verdict"], bool(result.get("trivial"))),
     }
 
 
@@ -431,7 +469,7 @@ def _sham(record: Record) -> str | None:
     if len(found) < len(record["seeds"]):
         return f"{record['primary']} {MINUS} {sham}: not every seed has both scores."
     mean = signed(math.fsum(found) / len(found), places(_primary(record).get("interval")))
-    text = f"{record['primary']} {MINUS} {sham} = {mean}{_unit(record)} on average. "
+    text = f"{record['primary']} {MINUS} {sham} = {mean}{effect_unit(record)} on average. "
     if record.get("specific") is None:
         return text + "Whether that is more than chance was not judged."
     either_side = sham_on_either_side(record)
@@ -477,11 +515,11 @@ def _interaction(record: Record, name: str) -> dict[str, Any]:
         meaning = "nothing shows that together they do more or less than the sum of what each does alone"
     return {
         "name": name,
-        "effect": signed(effect, places(interval)) + (_unit(record) if effect is not None else ""),
+        "effect": signed(effect, places(interval)) + (effect_unit(record) if effect is not None else ""),
         "interval": span(interval) if interval else DASH,
         "p": _p(result.get("p")),
         "meaning": meaning,
-        "figure": figures.interaction_plot(record, name) if drawn else None,
+        "drawn": drawn,
     }
 
 
@@ -578,7 +616,8 @@ def _origin(record: Record) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value]
 
 
-def _history(record: Record) -> dict[str, Any]:
+def past_values(record: Record) -> dict[str, Any]:
+    """A record as one row among others: date, scale, seeds, effect, interval, verdict, beginning of the hash."""
     result = _primary(record)
     interval = result.get("interval")
     return {
@@ -587,7 +626,7 @@ def _history(record: Record) -> dict[str, Any]:
         "seeds": len(record["seeds"]),
         "effect": signed(result.get("effect"), places(interval)),
         "interval": span(interval) if interval else DASH,
-        "verdict": _verdict(record),
+        "verdict": shown_verdict(record),
         "hash": str(record.get("hash") or DASH)[:12],
     }
 
@@ -610,11 +649,11 @@ def _index(records: Sequence[Record]) -> dict[str, Any]:
         {"name": name, "text": text, "rows": [row for row in rows if row["verdict"]["group"] == name]}
         for name, text in _GROUPS.items()
     ]
-    order = sorted(counts, key=lambda word: (list(_KINDS).index(word) if word in _KINDS else len(_KINDS), word))
+    order = sorted(counts, key=lambda word: (list(KINDS).index(word) if word in KINDS else len(KINDS), word))
     return {
         **_base(),
         "groups": [group for group in groups if group["rows"]],
-        "counts": [(word, word if word in _KINDS else "unknown", counts[word]) for word in order],
+        "counts": [(word, word if word in KINDS else "unknown", counts[word]) for word in order],
         "total": len(rows),
     }
 
@@ -637,10 +676,10 @@ def _row(page: str, record: Record, rate: float | None) -> dict[str, Any]:
         "name": _name(record),
         "about": " · ".join(str(x) for x in (record.get("slug"), record.get("scale"), record["metric"]) if x),
         "registered": _registered(record),
-        "verdict": _verdict(record),
+        "verdict": shown_verdict(record),
         "unspecific": unspecific(record),
         "spark": figures.sparkline(record),
-        "effect": "" if effect is None else signed(effect, places(interval)) + _unit(record),
+        "effect": "" if effect is None else signed(effect, places(interval)) + effect_unit(record),
         "interval": span(interval) if interval else "",
         "seeds": str(len(record["seeds"])),
         "p": _p(result.get("p")),
@@ -662,7 +701,7 @@ def _environment() -> Environment:
 
 
 def _base() -> dict[str, Any]:
-    return {"style": figures.palette_css() + (_HERE / "style.css").read_text(encoding="utf-8")}
+    return {"style": figures.palette_css() + STYLE.read_text(encoding="utf-8")}
 
 
 @contextmanager

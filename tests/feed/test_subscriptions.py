@@ -1,0 +1,457 @@
+"""Subscribing: confirmed by the address itself, ended for good, and nothing to be had from the database."""
+
+import dataclasses
+import hashlib
+
+import pytest
+from mail_parts import BASE, HOUR, NOW, Catcher, add, dump, link_of, self_signed, text_of
+
+from perturbed.feed import mail, subscriptions
+from perturbed.feed.database import Database
+from perturbed.feed.mail import MailError
+from perturbed.feed.subscriptions import SubscriptionError, Wants, ask, confirm, look, unsubscribe
+
+ANN = "ann@example.org"
+
+
+@pytest.fixture
+def database(tmp_path):
+    made = Database(tmp_path / "feed.sqlite")
+    yield made
+    made.close()
+
+
+def state(database, address=ANN):
+    row = database.read().execute("SELECT state FROM subscriber WHERE address = ?", (address,)).fetchone()
+    return row["state"] if row else None
+
+
+def subscriber(database, address=ANN):
+    return dict(database.read().execute("SELECT * FROM subscriber WHERE address = ?", (address,)).fetchone())
+
+
+def unsubscribe_token(database, address=ANN):
+    token = subscriptions.new_token()
+    with database.write() as connection:
+        subscriptions.keep_unsubscribe_token(connection, token, subscriber(database, address)["id"])
+    return token
+
+
+# --- addresses and wishes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("Ann@Example.ORG", "ann@example.org"),
+        (" ann@example.org ", "ann@example.org"),
+        ("ann@bücher.example.org", "ann@xn--bcher-kva.example.org"),
+        ("ann+papers@example.org", "ann+papers@example.org"),
+    ],
+)
+def test_an_address_is_kept_in_one_writing(typed, kept):
+    assert subscriptions.normalised(typed) == kept
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "ann",
+        "ann@localhost",
+        "ünn@example.org",
+        '"ann bo"@example.org',
+        "Ann <ann@example.org>",
+        "ann@example.org, bo@example.org",
+        "ann@example.org\r\nBcc: all@example.org",
+        "ann@example.org\nBcc: all@example.org",
+        "ann@example.org\n",
+        "ann\x00@example.org",
+        "ann@example.org\u2028",
+        "a" * 300 + "@example.org",
+    ],
+)
+def test_what_is_no_address_is_refused(database, typed):
+    with pytest.raises(SubscriptionError, match="no address"):
+        ask(database, typed, Wants(), "day", NOW)
+    assert database.read().execute("SELECT count(*) FROM subscriber").fetchone()[0] == 0
+
+
+def test_wishes_are_checked():
+    assert Wants(query="  flat   minima ", sites=("optim", "data", "optim")).sites == ("data", "optim")
+    assert Wants(query="  flat   minima ").query == "flat minima"
+    assert Wants(query="  ").query is None
+    with pytest.raises(SubscriptionError, match="neither"):
+        Wants(papers=False, evidence=False)
+    with pytest.raises(SubscriptionError, match=r"weigths.*weights"):
+        Wants(sites=("weigths",))
+    with pytest.raises(SubscriptionError, match="200"):
+        Wants(query="x" * 201)
+    with pytest.raises(SubscriptionError, match="printable"):
+        Wants(query="a\x00b")
+
+
+def test_wishes_come_back_and_read_well():
+    wants = Wants(query="flat minima", sites=("weights", "optim"), evidence=False)
+    assert Wants.from_json(wants.as_json()) == wants
+    assert wants.in_words() == "new papers, on “flat minima”, acting on weights or optim"
+    assert Wants().in_words() == "new papers and new evidence"
+
+
+def test_only_every_day_or_week(database):
+    with pytest.raises(SubscriptionError, match="hour"):
+        ask(database, ANN, Wants(), "hour", NOW)
+
+
+# --- asking and confirming ---------------------------------------------------------------------------------------
+
+
+def test_nothing_is_in_force_before_the_address_confirms(database):
+    outcome = ask(database, "ANN@example.org", Wants(query="x"), "week", NOW)
+    assert outcome.address == ANN
+    assert state(database) == "pending"
+    assert confirm(database, outcome.token, NOW + 60).wants == Wants(query="x")
+    row = subscriber(database)
+    assert (row["state"], row["every"], row["confirmed"]) == ("confirmed", "week", NOW + 60)
+
+
+def test_only_the_hash_of_a_token_is_kept(database):
+    token = ask(database, ANN, Wants(), "day", NOW).token
+    other = unsubscribe_token(database)
+    stored = "\n".join(dump(database))
+    for secret in (token, other):
+        assert len(secret) == 43  # 256 bits
+        assert secret not in stored
+        assert hashlib.sha256(secret.encode()).hexdigest() in stored
+
+
+def test_one_confirmation_an_hour_however_the_address_is_written(database):
+    assert ask(database, ANN, Wants(), "day", NOW).token
+    assert ask(database, "Ann@EXAMPLE.org", Wants(query="x"), "day", NOW + HOUR - 1).token is None
+    assert ask(database, ANN, Wants(), "day", NOW + HOUR).token
+
+
+def test_a_confirmed_address_is_limited_alike(database):
+    confirm(database, ask(database, ANN, Wants(), "day", NOW).token, NOW)
+    assert ask(database, ANN, Wants(query="x"), "day", NOW + 60).token is None
+
+
+def test_a_confirmation_lives_two_days(database):
+    token = ask(database, ANN, Wants(), "day", NOW).token
+    late = NOW + subscriptions.CONFIRM_SECONDS
+    assert look(database, token, "confirm", late - 1)
+    assert look(database, token, "confirm", late) is None
+    assert confirm(database, token, late) is None
+    assert state(database) == "pending"
+
+
+def test_a_token_serves_one_purpose(database):
+    asked = ask(database, ANN, Wants(), "day", NOW).token
+    assert not unsubscribe(database, asked)
+    assert look(database, asked, "unsubscribe", NOW) is None
+    confirm(database, asked, NOW)
+    ends = unsubscribe_token(database)
+    assert confirm(database, ends, NOW) is None
+    assert look(database, ends, "confirm", NOW) is None
+    assert unsubscribe(database, ends)
+
+
+@pytest.mark.parametrize("token", ["", "x", "' OR 1=1 --", "a" * 43, "ü" * 43, "a" * 10_000])
+def test_a_made_up_token_does_nothing(database, token):
+    confirm(database, ask(database, ANN, Wants(), "day", NOW).token, NOW)
+    before = dump(database)
+    assert confirm(database, token, NOW) is None
+    assert not unsubscribe(database, token)
+    assert dump(database) == before
+
+
+def test_confirming_twice_changes_nothing_more(database):
+    token = ask(database, ANN, Wants(query="x"), "day", NOW).token
+    first = confirm(database, token, NOW)
+    before = dump(database)
+    assert confirm(database, token, NOW + 5) == first
+    assert dump(database) == before
+
+
+def test_a_used_confirmation_brings_nobody_back(database):
+    token = ask(database, ANN, Wants(), "day", NOW).token
+    confirm(database, token, NOW)
+    unsubscribe(database, unsubscribe_token(database))
+    assert confirm(database, token, NOW + 5) is None
+    assert state(database) == "unsubscribed"
+
+
+def test_looking_changes_nothing(database):
+    token = ask(database, ANN, Wants(query="x"), "day", NOW).token
+    ends = unsubscribe_token(database)
+    before = dump(database)
+    assert look(database, token, "confirm", NOW).wants.query == "x"
+    assert look(database, ends, "unsubscribe", NOW)
+    assert dump(database) == before
+
+
+def test_a_change_needs_confirming_too(database):
+    confirm(database, ask(database, ANN, Wants(query="old"), "day", NOW).token, NOW)
+    token = ask(database, ANN, Wants(query="new"), "week", NOW + HOUR).token
+    assert Wants.from_json(subscriber(database)["wants"]).query == "old"
+    assert state(database) == "confirmed"
+    confirm(database, token, NOW + HOUR)
+    row = subscriber(database)
+    assert (Wants.from_json(row["wants"]).query, row["every"]) == ("new", "week")
+
+
+def test_of_two_confirmations_one_counts(database):
+    first = ask(database, ANN, Wants(query="first"), "day", NOW).token
+    second = ask(database, ANN, Wants(query="second"), "day", NOW + HOUR).token
+    assert confirm(database, second, NOW + HOUR)
+    assert confirm(database, first, NOW + HOUR) is None
+    assert Wants.from_json(subscriber(database)["wants"]).query == "second"
+
+
+def test_who_changes_loses_no_finding(database):
+    confirm(database, ask(database, ANN, Wants(), "day", NOW).token, NOW)
+    paper = add(database, 1)
+    with database.write() as connection:
+        connection.execute("INSERT INTO finding (paper, record, verdict, at) VALUES (?, 'aa', 'null', ?)", (paper, NOW))
+    confirm(database, ask(database, ANN, Wants(query="x"), "day", NOW + HOUR).token, NOW + HOUR)
+    assert subscriber(database)["findings"] == 0  # the verdict is still to be told
+    confirm(database, ask(database, "bo@example.org", Wants(), "day", NOW).token, NOW)
+    assert subscriber(database, "bo@example.org")["findings"] == 1  # it was there before
+
+
+def test_who_never_confirms_is_forgotten(database):
+    ask(database, ANN, Wants(), "day", NOW)
+    confirm(database, ask(database, "bo@example.org", Wants(), "day", NOW).token, NOW)
+    ask(database, "cy@example.org", Wants(), "day", NOW + subscriptions.CONFIRM_SECONDS)
+    assert state(database) is None
+    assert ANN not in "\n".join(dump(database))
+    assert state(database, "bo@example.org") == "confirmed"
+
+
+# --- ending ------------------------------------------------------------------------------------------------------
+
+
+def test_ending_twice_is_ending_once(database):
+    confirm(database, ask(database, ANN, Wants(), "day", NOW).token, NOW)
+    token, earlier = unsubscribe_token(database), unsubscribe_token(database)
+    assert unsubscribe(database, token)
+    before = dump(database)
+    assert unsubscribe(database, token)
+    assert unsubscribe(database, earlier)
+    assert dump(database) == before
+    assert state(database) == "unsubscribed"
+
+
+def test_who_ended_can_come_back_by_confirming(database):
+    confirm(database, ask(database, ANN, Wants(), "day", NOW).token, NOW)
+    unsubscribe(database, unsubscribe_token(database))
+    token = ask(database, ANN, Wants(), "day", NOW + HOUR).token
+    assert state(database) == "unsubscribed"
+    confirm(database, token, NOW + HOUR)
+    assert state(database) == "confirmed"
+
+
+def test_ending_takes_an_open_change_back(database):
+    confirm(database, ask(database, ANN, Wants(), "day", NOW).token, NOW)
+    change = ask(database, ANN, Wants(query="x"), "day", NOW + HOUR).token
+    unsubscribe(database, unsubscribe_token(database))
+    assert confirm(database, change, NOW + HOUR) is None
+    assert state(database) == "unsubscribed"
+
+
+def test_a_suppressed_address_stays_so(database):
+    token = ask(database, ANN, Wants(), "day", NOW).token
+    with database.write() as connection:
+        subscriptions.suppress(connection, subscriber(database)["id"])
+    assert confirm(database, token, NOW) is None
+    assert ask(database, ANN, Wants(), "day", NOW + 100 * HOUR).token is None
+    assert unsubscribe(database, unsubscribe_token(database))
+    assert state(database) == "suppressed"
+
+
+def test_counts_by_state(database):
+    confirm(database, ask(database, ANN, Wants(), "day", NOW).token, NOW)
+    ask(database, "bo@example.org", Wants(), "day", NOW)
+    assert subscriptions.counts(database.read()) == {"confirmed": 1, "pending": 1}
+
+
+# --- the mail that asks ------------------------------------------------------------------------------------------
+
+
+def invite(database, catcher, address=ANN, now=NOW):
+    return subscriptions.invite(database, address, Wants(), "day", now, to=catcher.server, base=BASE)
+
+
+def test_the_link_in_the_mail_confirms(database):
+    with Catcher()() as catcher:
+        assert invite(database, catcher) == "sent"
+        assert invite(database, catcher, now=NOW + 60) is None  # within the hour
+    (message,) = catcher.messages
+    assert catcher.to == [ANN]
+    assert message["To"] == ANN
+    assert message["From"] == "Papers <papers@example.org>"
+    assert message["Auto-Submitted"] == "auto-generated"
+    assert f"{BASE}/confirm/" in text_of(message)
+    assert confirm(database, link_of(message, "confirm"), NOW) is not None
+
+
+@pytest.mark.parametrize(
+    ("answer", "fate", "then"),
+    [
+        ("550 5.1.1 no such user", "no such address", "suppressed"),
+        ("552 mailbox full", "no such address", "suppressed"),
+        ("550 5.7.1 relaying denied", "later", "pending"),
+        ("530 log in first", "later", "pending"),
+        ("451 greylisted", "later", "pending"),
+    ],
+)
+def test_what_the_server_says_of_the_address(database, answer, fate, then):
+    with Catcher(refuse_rcpt={ANN: answer})() as catcher:
+        assert invite(database, catcher) == fate
+    assert state(database) == then
+    again = ask(database, ANN, Wants(), "day", NOW + 60).token
+    assert (again is None) == (then == "suppressed")  # what was not mailed can be asked for again at once
+
+
+def test_an_unreachable_server_takes_nothing_and_says_so(database, unused_port):
+    server = dataclasses.replace(Catcher_server(), port=unused_port)
+    with pytest.raises(MailError, match=f"127.0.0.1:{unused_port} cannot be used.*PERTURBED_SMTP"):
+        subscriptions.invite(database, ANN, Wants(), "day", NOW, to=server, base=BASE)
+    assert ask(database, ANN, Wants(), "day", NOW).token
+
+
+def Catcher_server():
+    catcher = Catcher()
+    catcher.port = 1
+    return catcher.server
+
+
+@pytest.fixture
+def unused_port():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+# --- the server's settings ---------------------------------------------------------------------------------------
+
+FROM = {"PERTURBED_MAIL_FROM": "Papers <papers@example.org>"}
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("smtp://ann:s3cret%2F%3A%40@mail.example.org", ("mail.example.org", 587, "ann", "s3cret/:@", False, True)),
+        ("smtp://ann:x@mail.example.org:2525", ("mail.example.org", 2525, "ann", "x", False, True)),
+        ("smtps://ann:x@mail.example.org", ("mail.example.org", 465, "ann", "x", True, False)),
+        ("smtp://localhost:1025", ("localhost", 1025, None, None, False, False)),
+        ("smtp://[::1]:1025", ("::1", 1025, None, None, False, False)),
+        ("smtp://relay.example.org", ("relay.example.org", 25, None, None, False, None)),
+        ("smtp://ann:x@localhost:1025", ("localhost", 1025, "ann", "x", False, True)),
+    ],
+)
+def test_server_of_the_environment(address, expected):
+    found = mail.server({"PERTURBED_SMTP": address, **FROM})
+    assert (found.host, found.port, found.user, found.password, found.implicit_tls, found.start_tls) == expected
+    assert str(found.sender) == "Papers <papers@example.org>"
+
+
+def test_no_server_is_none(monkeypatch):
+    monkeypatch.delenv("PERTURBED_SMTP", raising=False)
+    assert mail.server({}) is None
+    with pytest.raises(MailError, match="PERTURBED_SMTP"):
+        mail.needed()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "mail.example.org",
+        "http://mail.example.org",
+        "smtp://",
+        "smtp://ann:s3cret@mail.example.org:port",
+        "smtp://ann@mail.example.org",
+        "smtp://ann:s3cret@mail.example.org/path",
+        "smtp://ann:s3cret#@mail.example.org",
+    ],
+)
+def test_a_wrong_server_is_refused_without_telling_the_password(address):
+    with pytest.raises(MailError, match="PERTURBED_SMTP") as told:
+        mail.server({"PERTURBED_SMTP": address, **FROM})
+    assert "s3cret" not in str(told.value)
+
+
+def test_the_password_is_in_no_repr():
+    assert "s3cret" not in repr(mail.server({"PERTURBED_SMTP": "smtp://ann:s3cret@mail.example.org", **FROM}))
+
+
+@pytest.mark.parametrize("sender", ["papers", "", "a@b.org\r\nBcc: c@example.org", "x\n <a@b.org>"])
+def test_a_sender_that_is_no_address_is_refused(sender):
+    with pytest.raises(MailError, match="PERTURBED_MAIL_FROM"):
+        mail.server({"PERTURBED_SMTP": "smtp://localhost:1025", "PERTURBED_MAIL_FROM": sender})
+
+
+def test_a_password_is_never_sent_in_the_clear(database):
+    with Catcher(require_auth=True)() as catcher:  # offers AUTH, and no STARTTLS
+        server = dataclasses.replace(catcher.server, user="ann", password="s3cret/:@")
+        with pytest.raises(MailError, match="STARTTLS"):
+            subscriptions.invite(database, ANN, Wants(), "day", NOW, to=server, base=BASE)
+    assert catcher.logins == []
+    assert catcher.to == []
+
+
+def test_login_after_starttls(database, tmp_path, monkeypatch):
+    context, certificate = self_signed(tmp_path)
+    with Catcher(tls=context, require_auth=True)() as catcher:
+        server = dataclasses.replace(catcher.server, host="localhost", user="ann", password="s3cret/:@")
+        with pytest.raises(MailError, match="certificate"):  # nobody vouches for it
+            subscriptions.invite(database, ANN, Wants(), "day", NOW, to=server, base=BASE)
+        assert catcher.logins == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        wrong = dataclasses.replace(server, password="wr0ng")
+        with pytest.raises(MailError, match="refuses the user or password") as told:
+            subscriptions.invite(database, ANN, Wants(), "day", NOW, to=wrong, base=BASE)
+        assert "wr0ng" not in str(told.value)
+        assert subscriptions.invite(database, ANN, Wants(), "day", NOW, to=server, base=BASE) == "sent"
+    assert (b"ann", b"s3cret/:@") in catcher.logins
+
+
+# --- headers -----------------------------------------------------------------------------------------------------
+
+
+def compose(**more):
+    fields = {
+        "origin": Catcher_server().sender,
+        "to": ANN,
+        "subject": "x",
+        "text": "x",
+        "html": "<p>x",
+        "now": NOW,
+        "name": "n",
+        "unsubscribe": f"{BASE}/unsubscribe/one-click/{'a' * 43}",
+    }
+    return mail.compose(**{**fields, **more})
+
+
+@pytest.mark.parametrize("field", ["to", "subject", "unsubscribe", "name"])
+def test_no_header_can_be_smuggled_in(field):
+    with pytest.raises(ValueError, match=r"(?i)linefeed|newline|CR|LF|invalid|expected"):
+        compose(**{field: "x@example.org\r\nBcc: all@example.org"}).as_bytes(policy=mail.POLICY)
+
+
+def test_a_long_unsubscribe_address_stays_whole():
+    address = f"https://{'papers.' * 12}example.org/unsubscribe/one-click/{'a' * 43}"
+    raw = compose(unsubscribe=address).as_bytes(policy=mail.POLICY).decode("ascii")
+    line = f"List-Unsubscribe: <{address}>, <mailto:papers@example.org?subject=unsubscribe>\r\n"
+    assert len(line) > 78
+    assert line in raw
+    assert "List-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n" in raw
+    assert max(map(len, raw.split("\r\n"))) <= 998
+
+
+@pytest.mark.parametrize("sender", ["no-reply@example.org", "NoReply@example.org", "papers@perturbed.invalid"])
+def test_nobody_is_asked_to_write_where_nobody_reads(sender):
+    message = compose(origin=mail.sender({"PERTURBED_MAIL_FROM": sender}))
+    assert "mailto:" not in message["List-Unsubscribe"]
