@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from datetime import UTC, date, datetime
+from unittest import mock
 from urllib.parse import unquote
 
 from starlette.testclient import TestClient
@@ -40,7 +41,8 @@ def app_of(tmp_path, *, clock=None, fresh=False, **settings):
         tmp_path.mkdir(exist_ok=True)
         settings["database"].touch(0o600)
         settings["database"].write_bytes(_seeded[0])
-    app = create_app(Settings(**settings), clock=clock or Clock())
+    with mock.patch("perturbed.feed.meaning._installed", return_value=False):  # else each app starts the model
+        app = create_app(Settings(**settings), clock=clock or Clock())
     if not _seeded:
         _seeded.append(app.state.feed.database.read().serialize())
     return app
