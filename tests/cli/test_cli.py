@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import refused
 
 import perturbed as pt
 from perturbed import cli
@@ -24,31 +25,6 @@ from perturbed.optim.fine_tuning import StepDecay
 PLANS = Path(__file__).parent / "own_plans.py"
 SLUG = "adversarial-fine-tuning"
 SMOKE = ["run", SLUG, "--scale", "smoke", "--workers", "1"]
-
-
-@pytest.fixture
-def perturbed(capsys, monkeypatch, tmp_path):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
-
-
-def refused(answer: tuple[int, str, str], *words: str) -> None:
-    code, out, err = answer
-    assert code == 2
-    assert out == ""
-    line = err.strip().splitlines()[-1]
-    assert line.startswith("perturbed: error: ")
-    assert "Traceback" not in err
-    for word in words:
-        assert word in line, line
 
 
 def test_unknown_slug_names_the_nearest(perturbed):

@@ -33,12 +33,20 @@ LOCAL = "http://127.0.0.1:8000"
 
 def opened(where: Path | None) -> Database:
     """The feed's database with the catalogue and the newest verdicts in it."""
+    import sqlite3
+
     from perturbed.feed import catalogue, evidence
-    from perturbed.feed.database import Database
+    from perturbed.feed.database import Database, DatabaseError, damaged
 
     database = Database(where)
-    catalogue.seed(database, time.time())
-    evidence.sync(database, time.time())
+    try:
+        catalogue.seed(database, time.time())
+        evidence.sync(database, time.time())
+        database.read().execute("SELECT count(*) FROM paper").fetchone()
+    except sqlite3.OperationalError as e:
+        raise DatabaseError(f"{database.path}: {e}; make room, or choose another with --database") from e
+    except sqlite3.DatabaseError as e:
+        raise DatabaseError(damaged(database.path, e)) from e
     return database
 
 
@@ -109,7 +117,8 @@ def counting() -> Iterator[Progress]:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.fields[what]}: {task.completed:,.0f} papers"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         line = bar.add_task("", total=None, what="reading")
         yield lambda step: bar.update(line, completed=step.done, what=f"{step.source}, {step.what}")
 
@@ -150,7 +159,8 @@ def embed(meaning: Meaning) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         line, done = bar.add_task("reading papers for their meaning", total=None), 0
         while done < EMBEDDED and (made := meaning.embed_missing(16)):
             done += made
@@ -175,16 +185,20 @@ def export(
     """All papers as JSON or BibTeX; also what can still be read of a damaged database."""
     if as_json and bibtex:
         raise PerturbedError("--json and --bibtex: choose one")
+    import sqlite3
+
     from perturbed.feed import export as exporting
-    from perturbed.feed.database import DatabaseError, default_path
+    from perturbed.feed.database import Database, DatabaseError, default_path
 
     path = database or default_path()
     unread: list[int] | None = None
     try:
+        # Before anything is written to it: a damaged file is to be read, not changed.
+        checked = Database(path).read().execute("PRAGMA quick_check(1)").fetchone()[0]
+        if checked != "ok":
+            raise DatabaseError(f"{path}: damaged ({checked})")
         connection = opened(path).read()
-        if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise DatabaseError(f"{path}: damaged")
-    except (DatabaseError, OSError, ValueError) as e:
+    except (DatabaseError, sqlite3.DatabaseError) as e:
         connection, unread = exporting.salvage(path), []
         print(f"perturbed: warning: {e}; exporting what can be read", file=sys.stderr)
     if bibtex:
@@ -226,6 +240,7 @@ def subscribe(
     from perturbed.feed import mail, subscriptions
 
     wants = subscriptions.Wants(query=topic, sites=tuple(site or ()), papers=not evidence)
+    subscriptions.normalised(address)  # what is wrong with it is said before what is wrong with the server
     fate = subscriptions.invite(
         opened(database), address, wants, span(every), time.time(), to=mail.needed(), base=public_url
     )
