@@ -99,7 +99,7 @@ def test_a_strangers_walk(served, visit, tmp_path):
     page.get_by_role("link", name="Subscribe", exact=True).click()
     page.get_by_label("Your address").fill("stranger@example.org")
     page.get_by_role("button", name="Subscribe").click()
-    assert page.locator("h1").inner_text() == "Look into your mail"
+    assert page.locator("h1").inner_text() == "Check your mail"
     confirm = re.search(r"http://\S+/confirm/\S+", served.mails.text(0))[0]
     page.goto(confirm)
     page.get_by_role("button", name="Confirm").click()

@@ -140,6 +140,10 @@ def test_a_digest_is_previewed_and_nothing_is_sent(perturbed, page, tmp_path, mo
     assert mail["List-Unsubscribe"].startswith("<https://papers.example.org/")
     assert database.read().execute("SELECT count(*) FROM delivery").fetchone()[0] == 0
     refused(perturbed("feed", "digest", *options), "PERTURBED_SMTP")
+    other = (*options[:3], "2025-11-16", *options[4:])
+    code, out, err = perturbed("feed", "digest", "--dry-run", *other)
+    assert (code, out) == (0, "")
+    assert "digest 2025-11-16: nothing to send" in err
 
 
 def test_update_says_what_could_not_be_read(perturbed, monkeypatch):
@@ -155,6 +159,7 @@ def test_update_says_what_could_not_be_read(perturbed, monkeypatch):
         (("import", "nothing.txt"), ["nothing.txt", "cannot be read"]),
         (("import", "page.txt"), ["--saved-on YYYY-MM-DD"]),
         (("import", "page.txt", "--saved-on", "17.11.2025"), ["--saved-on 17.11.2025", "YYYY-MM-DD"]),
+        (("import", "page.txt", "--saved-on", "2999-01-01"), ["--saved-on 2999-01-01", "still to come"]),
         (("update", "--source", "scholar"), ["scholar", "hub"]),
         (("update", "--category", "http://x"), ["http://x", "cs.LG"]),
         (("export", "--json", "--bibtex"), ["choose one"]),

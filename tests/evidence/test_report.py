@@ -139,7 +139,7 @@ def test_the_numbers_are_those_of_the_record():
     low, high = result["interval"]
     assert (
         f"exposure was on average {result['effect']:.2f} bits higher with perturbed than with control "
-        f"(95 % interval: {low:.2f} bits to {high:.2f} bits higher)" in text
+        f"(95 % interval: {low:.2f} to {high:.2f} bits higher)" in text
     )
     assert f"+{result['effect']:.2f} bits" in text
     assert f"95 % interval +{low:.2f} to +{high:.2f}" in text
@@ -161,8 +161,7 @@ def test_a_lower_score_is_called_lower_though_the_effect_is_positive_as_claimed(
     low, high = record["arms"]["sltrain+hubble"]["interval"]
     text = page(record).text
     assert (
-        f"nats lower with sltrain+hubble than with control (95 % interval: {low:.3f} nats to {high:.3f} nats lower)"
-        in text
+        f"nats lower with sltrain+hubble than with control (95 % interval: {low:.3f} to {high:.3f} nats lower)" in text
     )
     assert f"+{record['arms']['sltrain+hubble']['effect']:.3f} nats" in text
 
@@ -172,7 +171,12 @@ def test_a_log_effect_is_told_as_a_ratio_of_the_scores():
     effect = record["arms"]["warm_restart"]["effect"]
     low, high = (math.exp(-x) for x in reversed(record["arms"]["warm_restart"]["interval"]))
     text = page(record).text
-    assert f"perplexity was on average {100 * math.expm1(-effect):.3g} % higher" in text
+    assert (
+        f"perplexity was on average {100 * math.expm1(-effect):.3g} % higher with warm restart than with control"
+        in text
+    )
+    near, far = (100 * (ratio - 1) for ratio in (low, high))
+    assert f"(95 % interval: {near:.3g} to {far:.3g} % higher)" in text  # a unit once
     assert f"warm_restart / control = {math.exp(-effect):.4g} ({low:.4g} to {high:.4g})" in text
     assert f"{MINUS}{abs(effect):.4f} ln units" in text
 

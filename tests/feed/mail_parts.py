@@ -75,7 +75,7 @@ class Catcher:
         )
         controller.start()
         try:
-            self.port = controller.port
+            self.port, self.listener = controller.port, controller.server
             yield self
         finally:
             controller.stop()
@@ -145,10 +145,8 @@ def self_signed(folder: Path) -> tuple[ssl.SSLContext, Path]:
 def application(folder: Path, *, public: str | None = BASE, clock=lambda: NOW):
     """The whole application as visitors reach it, and its client."""
     from starlette.testclient import TestClient
+    from web_parts import app_of
 
-    from perturbed.feed.web.app import create_app
-    from perturbed.feed.web.settings import Settings
-
-    app = create_app(Settings(database=folder / "feed.sqlite", public_url=public, owner_token="t" * 43), clock=clock)
+    app = app_of(folder, clock=clock, public_url=public)
     base = app.state.feed.settings.base
     return app, TestClient(app, base_url=base, headers={"Origin": base}, follow_redirects=False)

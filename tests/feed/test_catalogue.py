@@ -1,5 +1,6 @@
 """The catalogue: 87 papers in our own words, with the page's facts, put into a database once."""
 
+import ast
 import json
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -15,6 +17,7 @@ from perturbed.errors import PerturbedError
 from perturbed.feed import catalogue, store
 from perturbed.feed.database import Database
 from perturbed.feed.papers import SITES, Paper, title_key
+from perturbed.feed.web.api import Site
 
 SHARED = Path("/work/shared")
 PAGE = SHARED / "seed" / "daily-papers-page.txt"
@@ -77,6 +80,14 @@ def test_there_are_87_papers_with_names_of_their_own():
     known = [item.arxiv for item in items if item.arxiv]
     assert len(known) == len(set(known)) == 86
     assert all(re.fullmatch(r"\d{4}\.\d{4,5}", name) for name in known)
+
+
+def test_the_sites_are_the_engines():
+    """Written down again where the feed must not load the engine, which needs torch."""
+    engine = ast.parse((registry.FOLDER.parent / "core" / "plan.py").read_text(encoding="utf-8"))
+    told = [ast.literal_eval(n.value) for n in engine.body if isinstance(n, ast.AnnAssign) and n.target.id == "SITES"]
+    assert told == [SITES]
+    assert get_args(Site) == SITES
 
 
 @with_sheets

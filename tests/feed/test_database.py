@@ -81,6 +81,7 @@ def test_opening_a_second_time_drops_no_lock(path, opened):
         database.close()
         holder.execute("PRAGMA journal_mode = DELETE")
         holder.execute("BEGIN EXCLUSIVE")
+        module._make(path)
         module._own_alone(path)
         other = run(
             """
@@ -183,8 +184,11 @@ def test_another_programs_file_is_left_alone(path):
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE places (url)")
         connection.commit()
+    path.chmod(0o644)
+    content = path.read_bytes()
     with pytest.raises(DatabaseError, match="another program's"):
         Database(path)
+    assert (path.read_bytes(), rights(path)) == (content, 0o644)  # not even its journal or its rights are changed
     assert tables(path) == {"places"}
 
 
@@ -192,10 +196,11 @@ def test_another_programs_file_is_left_alone(path):
 def test_a_file_that_is_no_database_is_reported_with_the_remedy(path, content):
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
+    path.chmod(0o644)
     with pytest.raises(DatabaseError, match=r"not a usable feed database.*feed export --database") as told:
         Database(path)
     assert "\n" not in str(told.value)
-    assert path.read_bytes() == content
+    assert (path.read_bytes(), rights(path)) == (content, 0o644)
 
 
 def test_an_empty_file_becomes_a_feed(path, opened):
@@ -318,3 +323,34 @@ def test_each_thread_has_its_own_connection(path, opened):
     thread.join(10)
     assert seen[0] is not database.read()
     assert database.read() is database.read()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_file_that_goes_while_in_use_is_noticed_and_not_made_anew(path, opened, how):
+    """What is written to a deleted file is lost, and an empty one in its place would hide that."""
+    database = opened(path)
+    add(database)
+    copy = path.with_name("copy")
+    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    for file in path.parent.glob("feed.sqlite*"):
+        file.unlink()
+    if how == "replaced":
+        copy.rename(path)
+    with pytest.raises(DatabaseError, match=r"moved, removed or replaced .*start it again"):
+        add(database, "Lost")
+    failed = []
+
+    def elsewhere():
+        try:
+            database.read()
+        except DatabaseError as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join(30)
+    assert len(failed) == 1
+    assert path.exists() is (how == "replaced")
+    if how == "replaced":
+        assert count(opened(path)) == 1

@@ -17,6 +17,7 @@ import pytest
 from mail_parts import BASE, DAY, HOUR, NOW, Catcher, add, dump, html_of, link_of, subscribed, text_of
 
 from perturbed.errors import PerturbedError
+from perturbed.evidence.report import KINDS
 from perturbed.feed import catalogue, digest, evidence, store, subscriptions
 from perturbed.feed.database import Database
 from perturbed.feed.digest import digests, issue_of, preview, send
@@ -86,6 +87,7 @@ def test_topics_are_searches(database):
             ("pruning -trees", ["Pruning networks"]),
             ("-trees", ["Pruning networks"]),
             ("prun* year:2024", ["Pruning trees"]),
+            ("pruning 2024", ["Pruning trees"]),
             ("verdict:none networks", ["Pruning networks"]),
             ("verdict:any", []),
             ("pruning nonsense", []),
@@ -199,6 +201,14 @@ def test_a_new_subscriber_gets_no_backlog(database):
     assert titles(database) == ["Paper 2"]
 
 
+def test_what_came_late_is_told_to_those_who_were_there(database):
+    subscribed(database, ANN)
+    add(database, 1, title="Late", day=DAY - timedelta(days=1))
+    subscribed(database, BO)
+    add(database, 2, title="Today's")
+    assert (titles(database, ANN), titles(database, BO)) == (["Today's", "Late"], ["Today's"])
+
+
 def test_a_paper_that_is_listed_anew_is_not_told_twice(database):
     add(database, 1, source="arxiv", day=None, published=DAY)
     subscribed(database, ANN)
@@ -241,6 +251,14 @@ def test_a_row_that_went_makes_no_room_for_an_old_one(database):
     assert titles(database, day=NEXT) == ["New name", "Late"]
 
 
+def test_the_heading_names_the_day_or_the_days(database):
+    add(database, 1)
+    subscribed(database, ANN)
+    subscribed(database, BO, every="week")
+    found = [digest.heading(one) for every in ("day", "week") for one in digests(database, every, DAY)]
+    assert found == ["Monday, 17 November 2025", "17 November to 23 November 2025"]
+
+
 # --- the message -------------------------------------------------------------------------------------------------
 
 NASTY = "<script>alert(1)</script> & “signs” ünïcode"
@@ -252,7 +270,7 @@ def received(database):
     paper = add(
         database, 1, title=NASTY, abstract="Words " * 200, authors=("A B", "C D", "E <b>F</b>", "G H"), published=DAY
     )
-    add(database, 2, title="A title that is rather long " * 8)
+    add(database, 2, title="A title that is rather long " * 8, author_count=2)
     judged(database, paper, "contradicted", "r1")
     long = f"https://{'papers.' * 8}example.org"
     with Catcher()() as catcher:
@@ -267,7 +285,9 @@ def test_text_and_html_tell_the_same(received):
     told, page = text_of(message), lxml.html.fromstring(html_of(message))
     shown = " ".join(page.text_content().split())
     plain = " ".join(told.split())
-    for words in (NASTY, "Words Words …", "A B, C D, E <b>F</b> and 1 more", "17 November 2025", "contradicted"):
+    people = ("A B, C D, E <b>F</b> and 1 more", "2 authors")
+    verdict = ("contradicted", KINDS["contradicted"].meaning)
+    for words in (NASTY, "Words Words …", *people, "17 November 2025", *verdict):
         assert words in plain
         assert words in shown
     links = {a.get("href") for a in page.iter("a")}
@@ -446,6 +466,26 @@ def test_a_server_that_goes_away_at_the_last_byte_leaves_it_uncertain(database):
         assert report.sent == [BO]  # over a new connection
         assert [address for address, _ in deliver(database, catcher).uncertain] == [ANN]
     assert sorted(catcher.to) == [ANN, BO]
+
+
+def test_a_server_that_does_not_come_back_gets_the_rest_next_time(database):
+    for address in (ANN, BO, CY):
+        subscribed(database, address)
+    add(database, 1)
+
+    class Leaving(Catcher):
+        async def handle_DATA(self, server, session, envelope):
+            self.listener.close()
+            server.transport.abort()
+            return "250 never heard"
+
+    with Leaving()() as catcher:
+        report = deliver(database, catcher)
+    assert ([one for one, _ in report.uncertain], report.sent) == ([ANN], [])
+    assert [one for one, _ in report.later] == [BO, CY]
+    assert all("cannot be used" in why for _, why in report.later)
+    with Catcher()() as catcher:
+        assert deliver(database, catcher).sent == [BO, CY]
 
 
 RUN = """

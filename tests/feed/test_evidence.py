@@ -112,8 +112,8 @@ def verdict_of(database, slug):
 def test_lists_show_the_newest_registered_verdict(slug):
     newest, found = committed(slug)[-1], evidence.summary_of(slug)
     assert (found.verdict, found.hash, found.own) == (newest["verdict"], newest["hash"], False)
-    assert newest["primary"] in found.sentence
-    assert newest["metric"] in found.sentence
+    assert newest["primary"].replace("_", " ") in found.sentence
+    assert newest["metric"].replace("_", " ") in found.sentence
     assert ET.fromstring(found.spark).tag.endswith("svg")
     assert found.problem is None
     assert found.verdict == ledger.stored_verdict(slug)
@@ -426,6 +426,23 @@ def test_a_figure_of_names_with_markup_is_still_xml(nothing):
     for svg in page.figures.values():
         assert not list(ET.fromstring(svg).iter("c"))
     assert ET.fromstring(evidence.summary_of("meco").spark) is not None
+
+
+def test_arms_that_were_combined_have_their_interaction(nothing):
+    control = record()["scores"]["control"]
+    scores = {"control": control}
+    for arm, by in (("a", 1.0), ("b", 2.0), ("a+b", 2.5)):
+        scores[arm] = {seed: score + by + 0.01 * int(seed) for seed, score in control.items()}
+    unknown, known = (
+        {"effect": None, "interval": None, "p": None},
+        {"effect": -0.5, "interval": [-0.6, -0.4], "p": 0.01},
+    )
+    own(scores=scores, primary="a+b", sham=None, interaction={"a+a": unknown, "a+b": known})
+    page = evidence.evidence("meco")
+    assert [(one.name, one.effect.startswith("−0.5")) for one in page.interactions] == [("a+a", False), ("a+b", True)]
+    assert [title for title in page.figure_titles.values() if "Interaction" in title] == ["Interaction: a+b"]
+    drawn = "".join(ET.fromstring(page.figures["interaction-0"]).itertext())
+    assert "a+b" in drawn
 
 
 def test_two_threads_draw_what_one_draws(package, tmp_path, monkeypatch):

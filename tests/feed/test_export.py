@@ -157,6 +157,13 @@ def test_bibtex_of_little(database):
     assert bibtex_of(database.read(), first) == next(as_bibtex(database.read()))
 
 
+def test_what_an_entry_is_cited_by(database):
+    told = {"title": "On the art of Stars", "authors": ("Émile Borel", "Ada B"), "published": date(2024, 5, 1)}
+    add(database, *(Paper(source="arxiv", arxiv=f"2405.0000{i}", **told) for i in range(3)))
+    cited = [entry.partition(",")[0] for entry in as_bibtex(database.read())]
+    assert cited == ["@misc{borel2024stars", "@misc{borel2024stars-2", "@misc{borel2024stars-3"]
+
+
 def big(database, n=400):
     add(
         database,

@@ -6,7 +6,7 @@ from datetime import date
 import pytest
 
 from perturbed.feed.importers import atom, hub, oai, rss
-from perturbed.feed.importers.reading import FormatError, Unread, day_of, web_address
+from perturbed.feed.importers.reading import FormatError, Read, Unread, bounded, day_of, web_address
 from perturbed.feed.papers import Paper
 
 # The hub
@@ -399,3 +399,36 @@ def test_what_was_not_understood_is_shown_short_and_clean():
     assert len(shown.text) == 120
     assert "\x1b" not in str(shown)
     assert str(shown).startswith("line 3: why: x[31m y")
+
+
+def test_a_day_at_the_edge_of_the_calendar_is_none():
+    """One such entry must not end an import, and with it every later update."""
+    assert day_of("0001-01-01T00:00:00+14:00") is None
+    assert day_of("9999-12-31T23:00:00-14:00") is None
+    assert day_of("9999-12-31T23:00:00Z") == date(9999, 12, 31)
+
+
+def test_what_turns_the_direction_of_writing_does_not_get_in():
+    (paper,) = hub.read(json.dumps([daily(title="Nets‮ and ⁦maps⁩", authors=[{"name": "Ann‭ Lee￾"}])])).papers
+    assert (paper.title, paper.authors) == ("Nets and maps", ("Ann Lee",))
+    (kept,) = hub.read(json.dumps([daily(title="می‌خواهم")])).papers  # what parts letters of a word is a letter's
+    assert "‌" in kept.title
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"title": "t" * 1001}, "title of 1,001 characters"),
+        ({"abstract": "a" * 50_001}, "abstract of 50,001 characters"),
+        ({"authors": ("n" * 301,)}, "author of 301 characters"),
+        ({"authors": ("n",) * 10_001}, "10,001 authors"),
+        ({"categories": ("c" * 101,)}, "category of 101 characters"),
+        ({"code_url": "https://example.org/" + "u" * 2000}, "code_url of 2,020 characters"),
+    ],
+)
+def test_what_no_paper_has_is_reported_and_not_taken(more, why):
+    good = Paper(title="Good", source="hub", abstract="a" * 50_000, authors=("n" * 300,) * 10_000)
+    bad = Paper(**{"title": "Bad", "source": "hub", **more})
+    found = bounded(Read((good, bad)))
+    assert found.papers == (good,)
+    assert [(u.line, u.unit, u.why) for u in found.unread] == [(2, "paper", why)]

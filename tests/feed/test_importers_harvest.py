@@ -14,7 +14,7 @@ import recorded_server as recorded
 
 from perturbed.errors import PerturbedError
 from perturbed.feed.database import Database
-from perturbed.feed.importers import harvest
+from perturbed.feed.importers import harvest, hub
 from perturbed.feed.importers.harvest import ImportFileError, import_file, sniff, update
 from perturbed.feed.importers.http import Client
 from perturbed.feed.importers.reading import FormatError
@@ -475,3 +475,13 @@ def test_the_given_page_into_the_database(database):
     assert sum(p["author_count"] is None and p["published"] is None for p in rows) == 2
     assert all(p["listed"] == SAVED.isoformat() for p in rows)
     assert timedelta(0) <= SAVED - max(date.fromisoformat(p["published"]) for p in rows if p["published"])
+
+
+def test_what_is_too_large_is_left_out_of_files_and_harvests(database, tmp_path):
+    items = [{"paper": {"id": f"2511.0000{i}", "title": title}} for i, title in enumerate(("Small", "L" * 5000))]
+    (tmp_path / "x.json").write_text(json.dumps(items))
+    report = import_file(database, tmp_path / "x.json", saved_on=None, now=1.0)
+    assert (report.new, [str(u)[:35] for u in report.unread]) == (1, ["paper 2: title of 5,000 characters: "[:35]])
+    tally = harvest._Tally("x", 1.0)
+    harvest._Harvest(database, None, tally, None)._take("hub", hub.read(json.dumps(items)), "today", None)
+    assert (tally.done, [u.unit for u in tally.unread]) == (1, ["paper"])

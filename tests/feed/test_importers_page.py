@@ -355,3 +355,10 @@ def test_the_given_page():
     years = [p.published.year for p in papers if p.published]
     assert (years.count(2025), years.count(2024), min(years), max(years)) == (17, 20, 2018, 2025)
     assert next(p for p in papers if p.title.startswith("Train Once")).published == date(2025, 9, 27)
+
+
+@pytest.mark.parametrize("foot", ["Nov 9" + "9" * 5000, "Nov 17 1" + "0" * 5000])
+def test_a_number_that_no_page_has_is_no_day(foot):
+    found = read(card(foot=f"8 authors\n·\n{foot}") + card("Cats Sit on Maps"))
+    assert found.papers[-1].title == "Cats Sit on Maps"
+    assert all(paper.comments is None for paper in found.papers)

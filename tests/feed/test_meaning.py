@@ -1,5 +1,6 @@
 """Search by meaning: the nearest vectors are the nearest, and the model's process is started, ended and replaced."""
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -137,6 +138,26 @@ def test_nearest_among_some_and_after_changes(database):
     assert meant.like(connection, 999, 3) == []
 
 
+def test_the_paper_with_the_last_vector_may_go(database):
+    """An import that shows two papers to be one drops a row: until the next vector comes, no number is the last one."""
+    vectors = clustered(3, 5)
+    with database.write() as connection:
+        kept = store.upsert(connection, Paper(title="A thing", source="hub", arxiv="2501.00001"), 1.0).paper
+        gone = store.upsert(connection, Paper(title="Another name", source="page"), 1.0).paper
+        keep(connection, kept, "letters", "t", vectors[0])
+        keep(connection, gone, "letters", "t", vectors[1])
+    meant = Meaning(database, embedder=None)
+    assert len(meant.nearest(database.read(), vectors[1], 5)) == 2
+    with database.write() as connection:
+        united = store.upsert(connection, Paper(title="Another name", source="arxiv", arxiv="2501.00001"), 2.0)
+    assert (united.paper, united.kind) == (kept, "merged")
+    assert [p for p, _ in meant.nearest(database.read(), vectors[1], 5)] == [kept]
+    assert meant.like(database.read(), kept, 5) == []
+    with database.write() as connection:
+        keep(connection, kept, "letters", "t", vectors[2])
+    assert meant.nearest(database.read(), vectors[2], 5) == [(kept, pytest.approx(1.0))]
+
+
 def test_a_feed_without_vectors(database):
     assert Meaning(database).nearest(database.read(), clustered(1, 3)[0], 5) == []
 
@@ -160,6 +181,35 @@ def test_papers_are_embedded_once_and_again_when_their_text_changes(database, em
         connection.execute("UPDATE vector SET model = 'older' WHERE paper = 5")
     assert meant.embed_missing() == 1
     assert {row[0] for row in database.read().execute("SELECT model FROM vector")} == {"letters"}
+
+
+def test_what_an_import_changes_meanwhile_is_embedded_again(database, embedder):
+    """While the model reads four papers, one gets another text and one turns out to be a third under another name."""
+    with database.write() as connection:
+        for i in range(4):
+            store.upsert(connection, Paper(title=f"{chr(97 + i)} title", source="page"), 1.0)
+        store.upsert(connection, Paper(title="other", source="hub", arxiv="2501.00001"), 1.0)
+    other = database.read().execute("SELECT id FROM paper WHERE arxiv = '2501.00001'").fetchone()[0]
+    model = embedder()
+
+    class Slow:
+        model = "letters"
+
+        def ask(self, texts, **options):
+            if texts[0].startswith("d title"):
+                with database.write() as connection:
+                    store.upsert(connection, Paper(title="a title", abstract="New.", source="hub"), 2.0)
+                    store.upsert(connection, Paper(title="b title", arxiv="2501.00001", source="arxiv"), 2.0)
+            return model.ask(texts, **options)
+
+    with database.write() as connection:
+        keep(connection, other, "letters", "other. ", clustered(1, 6)[0])
+    meant = Meaning(database, Slow())
+    assert meant.embed_missing() == 2  # c and d
+    assert [row[0] for row in database.read().execute("SELECT paper FROM vector WHERE text_hash <> ''")] == [3, 4]
+    assert meant.embed_missing() == 2  # a and what b is part of
+    assert meant.embed_missing() == 0
+    assert database.read().execute("SELECT count(*) FROM paper").fetchone()[0] == 4
 
 
 def test_a_query_never_waits_for_the_start(database, embedder, monkeypatch):
@@ -346,3 +396,15 @@ def test_the_child_ends_with_its_parent_before_the_model_is_there():
     child = [sys.executable, "-P", "-m", "perturbed.embedding"]
     done = subprocess.run(child, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b""), "it said hello to nobody, so it had loaded the model first"
+
+
+def test_the_model_does_not_get_the_password_of_the_mail_server(tmp_path, monkeypatch):
+    script = tmp_path / "child.py"
+    script.write_text("import os; open('told', 'w').write(' '.join(os.environ)); " + "import sys; sys.exit()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERTURBED_SMTP", "smtp://user:secret@mail.example.org")
+    with contextlib.closing(Embedder((sys.executable, str(script)))) as embedder, pytest.raises(OSError, match="ended"):
+        embedder.ask(["x"]).result(WAIT)
+    told = (tmp_path / "told").read_text().split()
+    assert "PATH" in told
+    assert "PERTURBED_SMTP" not in told

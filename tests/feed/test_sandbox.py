@@ -407,3 +407,35 @@ def test_lines_come_whole_and_without_control_characters(tmp_path):
         wait_for(lambda: lines.extend(child.listen(0.05)) or child.returncode is not None)
         lines += child.last_words()
     assert lines == ["one", "two [31m\ufffd<b>"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_a_process_that_keeps_to_itself_is_read_by_no_other_of_its_user():
+    """Also one without a user namespace of its own. Root may read everything, so this is tried as another user."""
+    code = """
+        import os
+        from perturbed.feed import sandbox
+
+        def look():
+            if os.fork():
+                os.wait()
+                return
+            try:
+                print(b"SECRET" in open(f"/proc/{os.getppid()}/environ", "rb").read(), flush=True)
+            except PermissionError:
+                print("refused", flush=True)
+            os._exit(0)
+
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            sandbox._libc().prctl(sandbox._DUMPABLE, 1, 0, 0, 0)  # as after a program's start
+        look()
+        sandbox.keep_to_oneself()
+        look()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    env = {**os.environ, "PERTURBED_SMTP": "SECRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["True", "refused"]

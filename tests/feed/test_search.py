@@ -350,6 +350,10 @@ def test_more_like_this_by_words(database, connection):
         ).paper
     stars = store.find(connection, "2401.00001").id
     assert [entry.id for entry in similar(connection, stars, 3)] == [near]
+    with database.write() as inside:
+        for i in range(4):
+            store.upsert(inside, Paper(title=f"Photometry of suns {i}", source="hub"), 2.0)
+    assert len(similar(connection, stars, 3)) == 3
     assert similar(connection, 999, 3) == []
 
 

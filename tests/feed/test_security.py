@@ -1,5 +1,6 @@
 """Who may do what: each guard of the pages, by a request that it must refuse."""
 
+import errno
 import re
 import stat
 from html import unescape
@@ -295,8 +296,12 @@ def test_a_session_ends(app):
 
 def test_a_session_can_be_ended(app):
     client = owner(app)
+    copy, other = dict(client.cookies), owner(app)
     assert post(client, "/owner/end").status_code == 303
     assert client.get("/settings").status_code == 403
+    client.cookies.update(copy)  # who has a copy of the cookie has nothing of it either
+    assert client.get("/settings").status_code == 403
+    assert other.get("/settings").status_code == 200
 
 
 def test_a_session_cannot_be_made_up_or_carried_to_another_start(app, tmp_path):
@@ -369,6 +374,8 @@ def test_the_limiter_forgets(app):
         ("10.0.0.1", "nonsense", "10.0.0.1"),
         ("10.0.0.1", None, "10.0.0.1"),
         ("2001:db8:1:2:3::4", None, "2001:db8:1:2::/64"),
+        ("::ffff:203.0.113.9", None, "203.0.113.9"),  # at a socket of IPv6 that takes IPv4 too
+        ("::ffff:10.0.0.1", "198.51.100.1", "198.51.100.1"),
     ],
 )
 def test_whose_request_it_is(tmp_path, peer, told, address):
@@ -490,3 +497,57 @@ def test_no_static_file_lies_outside(app):
         assert client.get(f"/static/{name}").status_code == 404
         assert static_file(name) is None
     assert Path(security.__file__).with_name("static").joinpath("feed.js").stat().st_size <= 8192
+
+
+def test_nobody_uses_up_what_the_owner_may_do(app, monkeypatch):
+    """Another user of the machine, or a page of another site in the owner's browser, comes from the same address."""
+    monkeypatch.setattr(security, "GETS", 20)
+    client, other = owner(app), visitor(app)
+    assert [other.get("/about").status_code for _ in range(21)][-1] == 429
+    assert [other.get("/owner", params={"token": "guess"}).status_code for _ in range(11)][-1] == 429
+    for _ in range(security.POSTS + 1):
+        other.post("/papers/2511.09001/vote")
+    assert client.get("/about").status_code == 200
+    assert post(client, "/papers/2511.09001/vote").status_code == 303
+    assert visitor(app).get("/owner", params={"token": TOKEN}).status_code == 303
+    assert visitor(app, **OURS).post("/owner", data={"token": TOKEN}).status_code == 303
+    assert [client.get("/about").status_code for _ in range(21)][-1] == 429  # the owner's own window
+
+
+def test_a_clock_set_back_ends_a_window():
+    clock = Clock(1_000_000.0)
+    limiter = security.Limiter(clock)
+    assert [limiter.wait("x", "a", 1, 60) > 0 for _ in range(2)] == [False, True]
+    clock.now -= 86_400
+    assert limiter.wait("x", "a", 1, 60) == 0
+    assert limiter.wait("x", "a", 1, 60) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("multipart/form-data", b"x"),
+        ("multipart/form-data; boundary=b", b"--b\r\nbroken"),
+        ("multipart/form-data; boundary=b",
+         b"".join(b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n' for _ in range(1001)) + b"--b--"),
+    ],
+)  # fmt: skip
+def test_a_form_that_cannot_be_read_is_refused_in_words(app, kind, body):
+    answer = owner(app).post("/papers/2511.09001/vote", content=body, headers={"Content-Type": kind})
+    assert answer.status_code in (400, 403)
+    assert "defect" not in answer.text
+
+
+@pytest.mark.parametrize("size", [100, 3 * 2**20])  # kept in memory by the form, and by it in a file
+def test_no_room_for_temporary_files_is_said_and_is_no_defect(app, monkeypatch, size):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    client = owner(app)
+    before = dump(app)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", full)
+    answer = post(client, "/import", files={"file": ("x.txt", b"x" * size)})
+    assert answer.status_code == 507
+    assert "No space left on device" in answer.text
+    assert dump(app) == before

@@ -318,6 +318,22 @@ def test_a_telling_without_news_writes_no_words(connection):
     assert connection.execute("SELECT count(*) FROM words WHERE words MATCH 'some'").fetchone()[0] == 0
 
 
+def test_a_paper_of_two_rows_is_found_by_all_its_names(connection):
+    """The row that stays takes the better title of the one that goes, and both may be of the catalogue."""
+    page = upsert(connection, told("First name", "page", arxiv="2501.00001"), 1.0).paper
+    hub = upsert(connection, told("Second name", "hub"), 2.0).paper
+    for paper, slug in ((page, "first-slug"), (hub, "second-slug")):
+        facts = {"summary": slug, "year": 2025, "sites": (), "tags": (), "has_method": False}
+        store.enrol(connection, paper, slug=slug, **facts, now=2.0)
+    assert upsert(connection, told("Second name", "arxiv", arxiv="2501.00001"), 3.0).paper == page
+    for name in ("2501.00001", "first-slug", "second-slug", title_address("First name"), title_address("Second name")):
+        assert one(connection, name).id == page, name
+    assert one(connection, "first-slug").title == "Second name"
+    again = upsert(connection, told("First name", "page", upvotes=3), 4.0)  # not a third paper
+    assert (again.paper, again.kind) == (page, "changed")
+    assert connection.execute("SELECT count(*) FROM paper").fetchone()[0] == 1
+
+
 _texts = st.sampled_from([None, "alpha", "beta", "gamma"])
 _counts = st.sampled_from([None, 0, 3, 40])
 _days = st.sampled_from([None, date(2024, 5, 1), date(2025, 6, 2)])

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 
 import pytest
-from mail_parts import BASE, HOUR, NOW, Catcher, add, dump, link_of, self_signed, text_of
+from mail_parts import BASE, HOUR, NOW, Catcher, add, dump, html_of, link_of, self_signed, text_of
 
 from perturbed.feed import mail, subscriptions
 from perturbed.feed.database import Database
@@ -129,6 +129,23 @@ def test_one_confirmation_an_hour_however_the_address_is_written(database):
     assert ask(database, ANN, Wants(), "day", NOW).token
     assert ask(database, "Ann@EXAMPLE.org", Wants(query="x"), "day", NOW + HOUR - 1).token is None
     assert ask(database, ANN, Wants(), "day", NOW + HOUR).token
+
+
+def test_a_clock_that_was_ahead_keeps_nobody_waiting(database):
+    assert ask(database, ANN, Wants(), "day", NOW + 400 * 24 * HOUR).token
+    assert ask(database, ANN, Wants(), "day", NOW).token
+    assert ask(database, ANN, Wants(), "day", NOW + 60).token is None
+
+
+def test_words_of_a_stranger_are_mailed_to_nobody():
+    """Else the form would send whatever somebody types to whomever, in our name."""
+    wants = Wants(query="cheap pills at pills.example", sites=("data",))
+    about = subscriptions.Subscription(wants=wants, every="day")
+    origin = mail.sender({"PERTURBED_MAIL_FROM": "papers@example.org"})
+    message = subscriptions.invitation(ANN, "t" * 43, about, origin, NOW, BASE)
+    for text in (text_of(message), html_of(message), str(message["Subject"])):
+        assert "pills" not in text
+    assert "on a topic that the page shows, acting on data" in " ".join(text_of(message).split())
 
 
 def test_a_confirmed_address_is_limited_alike(database):
@@ -299,7 +316,8 @@ def test_the_link_in_the_mail_confirms(database):
     ("answer", "fate", "then"),
     [
         ("550 5.1.1 no such user", "no such address", "suppressed"),
-        ("552 mailbox full", "no such address", "suppressed"),
+        ("552 mailbox full", "later", "pending"),
+        ("550 5.2.2 over quota", "later", "pending"),
         ("550 5.7.1 relaying denied", "later", "pending"),
         ("530 log in first", "later", "pending"),
         ("451 greylisted", "later", "pending"),

@@ -1,20 +1,24 @@
 """What the pages show, over a real database and the committed evidence."""
 
+import asyncio
+import contextlib
 import itertools
 import json
 import re
+import sqlite3
 from datetime import date
 from html import unescape
 
 import pytest
-from web_parts import NOW, add, app_of, card, links, owner, papers, post, record, visitor
+from web_parts import NOW, add, app_of, card, form_token, links, owner, papers, post, record, visitor
 
 from perturbed.evidence.report import KINDS
 from perturbed.feed import ranking, store
 from perturbed.feed.catalogue import catalogue
 from perturbed.feed.papers import SITES, Paper
+from perturbed.feed.web.app import _tend
 from perturbed.feed.web.browse import PER_PAGE
-from perturbed.feed.web.pages import CUT, attributes, clipped, outside
+from perturbed.feed.web.pages import CUT, attributes, clipped, outside, unbroken
 
 
 @pytest.fixture
@@ -156,10 +160,18 @@ def test_clipping_keeps_to_the_bytes_and_the_beginning(text):
 # --- trending, search, map ---------------------------------------------------------------------------------------
 
 
+def test_per_cent_signs_and_arrows_are_not_torn():
+    assert (
+        unbroken("95 % interval: 5 % -> 7 %")
+        == "95\N{NO-BREAK SPACE}% interval: 5\N{NO-BREAK SPACE}% → 7\N{NO-BREAK SPACE}%"
+    )
+
+
 def test_trending_follows_the_formula_that_it_shows(app):
     add(app, *papers())
     answer = visitor(app).get("/trending")
-    assert ranking.FORMULA in unescape(answer.text)
+    shown = re.sub(r"<[^>]+>", " ", unescape(answer.text))
+    assert " ".join(ranking.FORMULA.split()) in " ".join(shown.split())
     found = ranking.trending(app.state.feed.database.read(), NOW, PER_PAGE)
     assert titles(answer) == [entry.title for entry in found]
 
@@ -459,6 +471,7 @@ def test_what_cannot_be_imported_is_explained(app, content, saved_on, why):
     assert answer.status_code == 400
     assert why in text_of(answer)
     assert "/tmp" not in answer.text
+    assert 'href="/settings#import"' in answer.text  # the way back to the form
 
 
 def test_a_damaged_ledger_takes_no_page_down(app, monkeypatch, tmp_path):
@@ -525,3 +538,63 @@ def test_times_are_utc_and_days_long(app):
     add(app, *papers())
     post(owner(app), "/papers/2511.09001/comments", {"body": "x"})
     assert "20 November 2025, 09:00 UTC" in text_of(visitor(app).get("/papers/2511.09001"))
+
+
+def test_a_database_that_cannot_be_used_is_said_to_the_owner_and_is_no_defect(tmp_path, caplog):
+    app = app_of(tmp_path)
+    client = owner(app)
+    token = form_token(client)
+    (tmp_path / "feed.sqlite").rename(tmp_path / "away")
+    for answer in (client.get("/"), client.post("/papers/2406.02214/vote", data={"csrf": token})):
+        assert answer.status_code == 503
+        assert "moved, removed or replaced" in answer.text
+    other = visitor(app).get("/")
+    assert other.status_code == 503
+    assert str(tmp_path) not in other.text
+    assert visitor(app).get("/api/papers").status_code == 503
+    assert not any(record.exc_info for record in caplog.records)
+    (tmp_path / "away").rename(tmp_path / "feed.sqlite")
+    assert client.get("/").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (sqlite3.SQLITE_FULL, "Make room on the disk"),
+        (sqlite3.SQLITE_IOERR | 3 << 8, "has room and is well"),  # an extended code: SQLITE_IOERR_WRITE
+        (sqlite3.SQLITE_READONLY, "the right to write it"),
+        (sqlite3.SQLITE_BUSY, "Another process writes"),
+        (sqlite3.SQLITE_CORRUPT, "feed export --database"),
+        (sqlite3.SQLITE_ERROR, "defect of perturbed"),
+    ],
+)
+def test_what_is_wrong_with_the_database_is_told_with_its_remedy(tmp_path, monkeypatch, code, said):
+    app = app_of(tmp_path)
+    client = owner(app)
+    error = sqlite3.OperationalError("as SQLite says")
+    error.sqlite_errorcode = code
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(store, "vote", fail)
+    answer = post(client, "/papers/2406.02214/vote")
+    assert answer.status_code == (500 if code == sqlite3.SQLITE_ERROR else 503)
+    assert said in unescape(answer.text)
+
+
+def test_what_is_wrong_with_the_database_is_logged_once_and_not_every_ten_seconds(tmp_path, monkeypatch, caplog):
+    app = app_of(tmp_path)
+    (tmp_path / "feed.sqlite").rename(tmp_path / "away")
+    rounds = itertools.count()
+    monkeypatch.setattr("perturbed.feed.web.app._EVERY", 0.0)
+    monkeypatch.setattr("perturbed.feed.evidence.sync", lambda database, now: (next(rounds), database.read()))
+
+    async def some_rounds():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_tend(app.state.feed), 1.0)
+
+    asyncio.run(some_rounds())
+    assert next(rounds) > 3
+    assert len([record for record in caplog.records if "moved, removed" in record.getMessage()]) == 1
+    assert not any(record.exc_info for record in caplog.records)

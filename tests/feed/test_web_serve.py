@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -144,3 +145,19 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path):
 def _run(tmp_path, *more):
     command = [sys.executable, "-m", "perturbed", "serve", "--database", str(tmp_path / "f.sqlite"), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+
+
+def test_the_server_keeps_its_environment_to_itself(tmp_path):
+    code = """
+        import ctypes, os, signal, sys
+        from pathlib import Path
+        from perturbed.feed.web.serve import serve
+        from perturbed.feed.web.settings import Settings
+        def announced(_):
+            print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE
+            os.kill(os.getpid(), signal.SIGINT)
+        serve(Settings(database=Path(sys.argv[1]), port=0, owner_token="x"), announce=announced)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "f.sqlite")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    assert done.stdout == "0\n", done.stderr

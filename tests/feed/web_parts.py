@@ -32,19 +32,21 @@ class Clock:
         return self.now
 
 
-_seeded = []  # a database with the catalogue and its findings, as bytes: making one takes a while
+_seeded = {}  # databases with the catalogue and its findings, as bytes by their time: making one takes a while
 
 
 def app_of(tmp_path, *, clock=None, fresh=False, **settings):
     settings = {"database": tmp_path / "feed.sqlite", "owner_token": TOKEN, **settings}
-    if _seeded and not fresh:
+    clock = clock or Clock()
+    begun = clock()
+    if begun in _seeded and not fresh:
         tmp_path.mkdir(exist_ok=True)
         settings["database"].touch(0o600)
-        settings["database"].write_bytes(_seeded[0])
+        settings["database"].write_bytes(_seeded[begun])
     with mock.patch("perturbed.feed.meaning._installed", return_value=False):  # else each app starts the model
-        app = create_app(Settings(**settings), clock=clock or Clock())
-    if not _seeded:
-        _seeded.append(app.state.feed.database.read().serialize())
+        app = create_app(Settings(**settings), clock=clock)
+    if begun not in _seeded:
+        _seeded[begun] = app.state.feed.database.read().serialize()
     return app
 
 

@@ -266,12 +266,18 @@ def _finding(record: Record) -> str:
     ends = sorted(sign * x for x in result["interval"]) if result.get("interval") else None
     decimals = places(ends)
     text = (
-        f"Over {result['n']} paired seeds, {record['metric']} was on average "
-        f"{_difference(record, effect, decimals)} with {record['primary']} than with {result['reference']}"
+        f"Over {result['n']} paired seeds, {_words(record['metric'])} was on average "
+        f"{_difference(record, effect, decimals)} with {_words(record['primary'])} than with "
+        f"{_words(result['reference'])}"
     )
     if ends is None or decimals is None:
         return text + "."
     return f"{text} (95 % interval: {_range(record, ends, decimals)})."
+
+
+def _words(name: str) -> str:
+    """A name of the record as it stands in a sentence; tables and figures keep it as it is."""
+    return name.replace("_", " ")
 
 
 def _difference(record: Record, x: float, decimals: int | None) -> str:
@@ -293,7 +299,10 @@ def _range(record: Record, ends: Sequence[float], decimals: int) -> str:
     if low < 0 < high:
         return f"{_difference(record, low, decimals)} to {_difference(record, high, decimals)}"
     near, far = sorted(ends, key=abs)
-    return f"{_amount(record, near, decimals)} to {_difference(record, far, decimals)}"
+    amount, other = _amount(record, near, decimals), _difference(record, far, decimals)
+    unit = amount.partition(" ")[2]
+    shared = unit and other.partition(" ")[2].rpartition(" ")[0] == unit
+    return f"{amount.partition(' ')[0] if shared else amount} to {other}"
 
 
 def _qualifications(record: Record) -> list[str]:
@@ -474,7 +483,7 @@ def _sham(record: Record) -> str | None:
         return text + "Whether that is more than chance was not judged."
     either_side = sham_on_either_side(record)
     where = "zero" if either_side else "zero on the side of the effect"
-    apart = "another than" if either_side else "more than"
+    apart = "different from" if either_side else "more than"
     if record["specific"]:
         return text + f"Its 95 % interval excludes {where}: the effect is {apart} the sham's."
     return text + f"Its 95 % interval does not exclude {where}: the effect is not shown to be {apart} the sham's."

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode
 from markupsafe import Markup
 
 from perturbed.feed import evidence, store
+from perturbed.feed.papers import paper_path
 from perturbed.feed.store import Entry
 from perturbed.feed.web.pages import outside
 
@@ -222,11 +223,6 @@ def _authors(entry: Entry) -> tuple[str, ...]:
 
 def _categories(sites: Iterable[str], verdict: str | None) -> tuple[tuple[str, str], ...]:
     return (*(("site", site) for site in sites), *((("verdict", verdict),) if verdict else ()))
-
-
-def paper_path(key: str) -> str:
-    """The path of a paper's page."""
-    return f"/papers/{quote(key, safe='/')}"
 
 
 # --- XML ---------------------------------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ def import_(
     """Import a file, and report everything that was not understood."""
     from perturbed.feed.importers import harvest
 
-    saved, store = day_of("--saved-on", saved_on), opened(database)
+    saved = day_of("--saved-on", saved_on)
+    if saved and saved > datetime.now(UTC).date() + timedelta(days=1):
+        raise PerturbedError(f"--saved-on {saved}: that day is still to come; say on which the page was saved")
+    store = opened(database)
     with counting() as progress:
         found = harvest.import_file(store, file, saved_on=saved, now=time.time(), progress=progress)
     told(found, as_json)
@@ -236,7 +239,7 @@ def subscribe(
     public_url: Base = LOCAL,
     database: Where = None,
 ) -> None:
-    """Mail an address what confirms its subscription."""
+    """Ask an address, by mail, to confirm a subscription."""
     from perturbed.feed import mail, subscriptions
 
     wants = subscriptions.Wants(query=topic, sites=tuple(site or ()), papers=not evidence)
@@ -244,7 +247,8 @@ def subscribe(
     fate = subscriptions.invite(
         opened(database), address, wants, span(every), time.time(), to=mail.needed(), base=public_url
     )
-    print(f"{address}: {'asked to confirm' if fate == 'sent' else fate or 'asked within the hour; nothing was mailed'}")
+    told = "asked to confirm" if fate == "sent" else fate or "was asked within the last hour; nothing was mailed"
+    print(f"{address}: {told}")
 
 
 @feed.command()
@@ -258,14 +262,18 @@ def digest(
     public_url: Base = LOCAL,
     database: Where = None,
 ) -> None:
-    """Mail the digest of a day or week to who confirmed; for cron. Nobody gets one twice."""
+    """Mail the digest of a day or week to those who confirmed; for cron. Nobody gets one twice."""
     from perturbed.feed import digest as digests
     from perturbed.feed import mail
 
     day = day_of("--on", on) or datetime.now(UTC).date() - timedelta(days=1 if span(every) == "day" else 7)
     store, now = opened(database), time.time()
     if dry_run:
-        for path in digests.preview(store, span(every), day, now, base=public_url, folder=out):
+        made = digests.preview(store, span(every), day, now, base=public_url, folder=out)
+        if not made:
+            issue = digests.issue_of(span(every), day)[0]
+            print(f"digest {issue}: nothing to send to those who confirmed, or it was sent already", file=sys.stderr)
+        for path in made:
             print(path)
         return
     print("\n".join(digests.send(store, span(every), day, now, to=mail.needed(), base=public_url).lines()))
@@ -284,7 +292,7 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     public_url: Annotated[
-        str | None, typer.Option("--public-url", help="https://… under which visitors come; others only read here.")
+        str | None, typer.Option("--public-url", help="https://… under which visitors come, through a proxy.")
     ] = None,
     trusted_proxy: Annotated[
         list[str] | None, typer.Option("--trusted-proxy", help="Whose X-Forwarded-For is believed; again for more.")

@@ -28,7 +28,8 @@ class Database:
     """The feed's database.
 
     Each thread has its own connection. `read` gives one outside any transaction, `write` one inside a transaction
-    that other processes wait for (up to ten seconds) and that is undone whole if its block raises.
+    that other processes wait for (up to ten seconds) and that is undone whole if its block raises. Both look first
+    whether the file is still the one that was opened: what is written to one that was deleted is lost.
 
     Args:
         path: The file; it is made, with mode 0600, where missing, and its folder too.
@@ -42,16 +43,30 @@ class Database:
         self._own = threading.local()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _own_alone(self.path)
+            _make(self.path)
             with closing(_connect(self.path)) as connection:
+                # Before anything of it is changed, be it only its rights: it may be another program's.
+                _check_ours(connection, self.path, _number(connection, "user_version"))
+                _own_alone(self.path)
+                connection.execute("PRAGMA journal_mode = WAL")
                 _migrate(connection, self.path)
+            self._file = _identity(self.path)
         except OSError as e:
             raise DatabaseError(f"{self.path}: cannot be opened ({e.strerror}); choose another with --database") from e
         except sqlite3.DatabaseError as e:
             raise DatabaseError(damaged(self.path, e)) from e
 
     def read(self) -> sqlite3.Connection:
-        """This thread's connection, to read with."""
+        """This thread's connection, to read with.
+
+        Raises:
+            DatabaseError: The file was moved, removed or replaced since this was made.
+        """
+        if _identity(self.path) != self._file:
+            self.close()
+            raise DatabaseError(
+                f"{self.path}: moved, removed or replaced while in use; put it back, or stop this and start it again"
+            )
         if not hasattr(self._own, "connection"):
             self._own.connection = _connect(self.path)
         connection: sqlite3.Connection = self._own.connection
@@ -84,8 +99,8 @@ def damaged(path: Path, error: Exception) -> str:
     )
 
 
-def _own_alone(path: Path) -> None:
-    """Make the file where missing; in any case only its owner may read it: it holds addresses and tokens.
+def _make(path: Path) -> None:
+    """Make the file where missing.
 
     A file that is there is not opened: to close it again would drop the locks that SQLite holds on it elsewhere in this
     process.
@@ -97,15 +112,32 @@ def _own_alone(path: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from None
         if not os.access(path, os.R_OK | os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o600)
+
+
+def _own_alone(path: Path) -> None:
+    """Only its owner may read it: it holds addresses and tokens."""
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",  # one that is gone is not made anew, empty and for all to read
+        uri=True,
+        timeout=10,
+        isolation_level=None,
+        check_same_thread=False,
+    )
     connection.row_factory = sqlite3.Row
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     return connection
 

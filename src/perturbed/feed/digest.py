@@ -27,9 +27,9 @@ from typing import Any
 
 from perturbed.errors import PerturbedError
 from perturbed.feed import evidence, mail, store, topics
-from perturbed.feed.atom import paper_path
 from perturbed.feed.database import Database
 from perturbed.feed.mail import Fate, MailError, Server
+from perturbed.feed.papers import paper_path
 from perturbed.feed.store import Entry
 from perturbed.feed.subscriptions import (
     OFTEN,

@@ -414,15 +414,14 @@ _shorts: dict[str, tuple[Stamp, Short | None]] = {}
 _pages: dict[str, tuple[Stamp, Evidence | Unreadable | None]] = {}
 
 
-def _kept(known: dict[str, tuple[Stamp, T]], slug: str, make: Callable[[str], T]) -> T:
+def _kept(known: dict[str, tuple[Stamp, T]], slug: str, make: Callable[[str], T]) -> T | None:
     stamp = _stamp(slug)
+    if not stamp:
+        return None
     kept = known.get(slug)
-    if kept is not None and kept[0] == stamp:
-        return kept[1]
-    made = make(slug)
-    if stamp:  # names that have no ledger, of which there is no end, are not worth keeping
-        known[slug] = (stamp, made)
-    return made
+    if kept is None or kept[0] != stamp:
+        kept = known[slug] = (stamp, make(slug))
+    return kept[1]
 
 
 def _stamp(slug: str) -> Stamp:
@@ -440,7 +439,7 @@ def _stamp(slug: str) -> Stamp:
 
 def _summarise(slug: str) -> Short | None:
     try:
-        found = _find(slug) if _stamp(slug) else None
+        found = _find(slug)
         return None if found is None else _short(slug, _judged(found.newest), found.own)
     except Exception as error:  # one damaged file must not take a list of a hundred papers down
         return Short(
@@ -472,7 +471,7 @@ def _short(slug: str, record: Record, own: bool) -> Short:
 
 def _compile(slug: str) -> Evidence | Unreadable | None:
     try:
-        found = _find(slug) if _stamp(slug) else None
+        found = _find(slug)
         return None if found is None else _page(slug, found)
     except Exception as error:  # as for lists
         return Unreadable(slug=slug, problem=_reason(error))

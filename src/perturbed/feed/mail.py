@@ -307,8 +307,11 @@ async def send_one(to: Server, message: EmailMessage, address: str) -> tuple[Fat
 
 
 def _is_about_address(e: aiosmtplib.SMTPRecipientRefused) -> bool:
-    """Whether the refusal is for good and of this address, not of us (no login, no relaying, a policy)."""
-    return e.code >= 500 and e.code not in (503, 530, 535, 538) and not e.message.startswith("5.7.")
+    """Whether the refusal is for good and of this address, not of us (no login, no relaying, a policy).
+
+    A full mailbox may have room tomorrow, and 552 in answer to RCPT is taken as temporary (RFC 5321, 4.5.3.1.10).
+    """
+    return e.code >= 500 and e.code not in (503, 530, 535, 538, 552) and not e.message.startswith(("5.2.2", "5.7."))
 
 
 async def _begin_anew(client: aiosmtplib.SMTP) -> None:

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field
 from typing import IO
@@ -161,12 +161,13 @@ class Embedder:
 
     def _begin(self) -> subprocess.Popen[bytes]:
         calm = {name: "1" for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS")}
+        plain = {name: value for name, value in os.environ.items() if name != "PERTURBED_SMTP"}  # it has a password
         process = self._process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **calm},
+            env={**plain, **calm},
         )
         assert process.stdout
         with self._limit(process, self.start_limit):
@@ -289,24 +290,27 @@ class Meaning:
     def embed_missing(self, limit: int = 200) -> int:
         """Make vectors for papers that have none of their present text, the newest first; how many were made.
 
-        Each batch is kept as soon as it is there. Nothing is raised where the model cannot be had.
+        Each batch is kept as soon as it is there, but for papers that an import has changed or united with another
+        meanwhile. Nothing is raised where the model cannot be had.
         """
         if self._embedder is None:
             return 0
         model = self._embedder.model or ""
         rows = self.database.read().execute(f"{_MISSING} ORDER BY id DESC LIMIT ?2", (model, limit)).fetchall()
-        ids = [row[0] for row in rows]
+        ids, made = [row[0] for row in rows], 0
         for start in range(0, len(ids), _BATCH):
-            papers = entries(self.database.read(), ids[start : start + _BATCH])
-            texts = [f"{paper.title}. {paper.text or ''}"[:_CHARACTERS] for paper in papers]
+            texts = _texts(self.database.read(), ids[start : start + _BATCH])
             try:
-                units = self._embedder.ask(texts).result()
+                units = self._embedder.ask([*texts.values()]).result()
             except OSError:
-                return start
+                return made
             with self.database.write() as connection:
-                for paper, text, unit in zip(papers, texts, units, strict=True):
-                    keep(connection, paper.id, self._embedder.model or "", text, unit)
-        return len(ids)
+                present = _texts(connection, texts)
+                for (paper, text), unit in zip(texts.items(), units, strict=True):
+                    if present.get(paper) == text:
+                        keep(connection, paper, self._embedder.model or "", text, unit)
+                        made += 1
+        return made
 
     def close(self) -> None:
         """End the model's process."""
@@ -317,7 +321,7 @@ class Meaning:
         """Ids and bits of all papers that have a vector; only those made since the last look are read."""
         with self._lock:
             newest = connection.execute("SELECT max(seq) FROM sketch").fetchone()[0] or 0
-            if newest != self._seen:
+            if newest > self._seen:  # it is less where the paper that had the last one has gone
                 rows = connection.execute(
                     "SELECT paper, bits FROM sketch WHERE seq > ? AND seq <= ?", (self._seen, newest)
                 ).fetchall()
@@ -348,6 +352,11 @@ SELECT id FROM paper WHERE NOT EXISTS (SELECT 1 FROM vector WHERE vector.paper =
 UNION SELECT paper FROM vector WHERE text_hash = ''
 UNION SELECT paper FROM vector WHERE ?1 <> '' AND (model < ?1 OR model > ?1)
 """
+
+
+def _texts(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, str]:
+    """What is embedded of these papers."""
+    return {paper.id: f"{paper.title}. {paper.text or ''}"[:_CHARACTERS] for paper in entries(connection, ids)}
 
 
 def _installed() -> bool:

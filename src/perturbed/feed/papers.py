@@ -7,13 +7,14 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from datetime import date
+from urllib.parse import quote
 
 SITES = ("data", "inputs", "features", "weights", "objectives", "optim", "inference", "measures")
 
 # What a source is believed over: arXiv knows its papers, the hub copies from arXiv, a saved page lost the format.
 SOURCES = ("catalogue", "page", "hub", "rss", "oai", "arxiv")
 
-_ARXIV = re.compile(r"(\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v(\d+))?")
+_ARXIV = re.compile(r"(\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v(\d{1,4}))?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,11 @@ def title_key(title: str) -> str:
     """
     plain = unicodedata.normalize("NFKD", title).casefold()
     return "".join(filter(str.isalnum, plain)) or spaced(plain)
+
+
+def paper_path(key: str) -> str:
+    """The path of a paper's page; the slash of an old arXiv identifier stays."""
+    return f"/papers/{quote(key, safe='/')}"
 
 
 def title_address(title: str) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 # of linux/sched.h and linux/prctl.h
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000
-_DEATH_SIGNAL, _DROP_CAPABILITY, _NO_NEW_PRIVILEGES, _LAST_CAPABILITY = 1, 24, 38, 63
+_DEATH_SIGNAL, _DUMPABLE, _DROP_CAPABILITY, _NO_NEW_PRIVILEGES, _LAST_CAPABILITY = 1, 4, 24, 38, 63
 
 _CONNECT = "import socket, sys; s = socket.socket(); s.settimeout(5); sys.exit(not s.connect_ex(('127.0.0.1', {port})))"
 
@@ -72,6 +72,16 @@ def network_can_be_cut() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return ended.returncode == 0
+
+
+def keep_to_oneself() -> None:
+    """Let no process of the same user read the memory and the first environment of this one (on Linux).
+
+    A child in a user namespace of its own cannot anyway; this is for systems that give it none, and holds for this
+    process alone, not for what it starts.
+    """
+    if sys.platform == "linux":
+        _checked(_libc().prctl(_DUMPABLE, 0, 0, 0, 0))
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -251,8 +261,7 @@ def _at_most(kind: int, soft: int, hard: int) -> tuple[int, int]:
 
 
 def _confine(parent: int, tasks: int, no_network: bool) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    libc = _libc()
     with contextlib.suppress(OSError):  # when memory runs out the system should take this process, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     if no_network:
@@ -263,6 +272,12 @@ def _confine(parent: int, tasks: int, no_network: bool) -> None:
     _checked(libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0))
     if os.getppid() != parent:  # it went before it could be bound to
         sys.exit(1)
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    return libc
 
 
 def _leave_network(libc: ctypes.CDLL, tasks: int) -> None:

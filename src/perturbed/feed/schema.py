@@ -86,7 +86,7 @@ END;
 CREATE TABLE vector (                    -- the meaning of title and text as the model of that name puts it
     paper INTEGER PRIMARY KEY REFERENCES paper ON DELETE CASCADE,
     model TEXT NOT NULL,
-    text_hash TEXT NOT NULL,             -- of what was embedded: another text is embedded again
+    text_hash TEXT NOT NULL,             -- of what was embedded; '' once that has changed, so that it is embedded again
     unit BLOB NOT NULL                   -- float32, length 1
 );
 CREATE INDEX vector_model ON vector (model);

@@ -38,6 +38,7 @@ _WEIGHTS = "bm25(8.0, 4.0, 1.0, 2.0, 3.0, 0.5, 0.0)"  # title, summary, abstract
 _BEGIN, _END = "\x02", "\x03"  # around a match in a snippet; the store lets no control character in
 _PIECES = 32  # words of a snippet
 _WORDS_WEIGHED, _RAREST = 80, 8  # words of a paper whose rarity is looked up, and those that stand for it
+_COMMON = 500  # papers from which on a word says little
 
 _TOKEN = re.compile(
     r"""(?P<not>-)?(?:
@@ -227,9 +228,14 @@ def _term(found: re.Match[str]) -> Term | None:
     return Term(text.strip("*"), "word")
 
 
+def fts(terms: Iterable[Term], join: str = " ", columns: str = "- verdict") -> str:
+    """Terms as an FTS5 expression: all of them, or with ``join`` as `` OR `` any."""
+    return f"({columns} : ({join.join(term.match for term in terms)}))"
+
+
 def _match(query: Query, terms: Iterable[Term], join: str = " ", columns: str = "- verdict") -> str:
     """The FTS5 expression of terms, with what the query limits besides; a site is only roughly so (see `_on_sites`)."""
-    parts = [f"({columns} : ({join.join(term.match for term in terms)}))"]
+    parts = [fts(terms, join, columns)]
     parts += [f'(tags : "{site}")' for site in query.sites]
     if query.years:
         years = sorted({year for first, last in query.years for year in range(first, last + 1)})
@@ -240,17 +246,13 @@ def _match(query: Query, terms: Iterable[Term], join: str = " ", columns: str = 
     if "none" in query.verdicts and "any" not in query.verdicts:
         expression = f"({expression}) NOT {_verdict_match(set(VERDICTS) - set(query.verdicts))}"
     if query.excluded:
-        expression = f"({expression}) NOT {_excluded(query)}"
+        expression = f"({expression}) NOT {fts(query.excluded, ' OR ')}"
     return expression
 
 
 def _verdict_match(verdicts: Iterable[str]) -> str:
     named = VERDICTS if "any" in verdicts else verdicts
     return "(verdict : ({}))".format(" OR ".join(f'"{verdict}"' for verdict in named))
-
-
-def _excluded(query: Query) -> str:
-    return "(- verdict : ({}))".format(" OR ".join(term.match for term in query.excluded))
 
 
 def _by_words(connection: sqlite3.Connection, query: Query, notes: list[str]) -> tuple[list[int], set[int], bool]:
@@ -321,6 +323,15 @@ def _on_sites(connection: sqlite3.Connection, query: Query, ids: list[int]) -> l
     return ids
 
 
+def condition(query: Query) -> tuple[str, list[str | int]]:
+    """What a query says besides its terms as an SQL condition on ``paper``, with its values."""
+    limits, values = _limits(query)
+    if query.excluded:
+        limits += " AND id NOT IN (SELECT rowid FROM words WHERE words MATCH ?)"
+        values.append(fts(query.excluded, " OR "))
+    return limits, values
+
+
 def _limits(query: Query) -> tuple[str, list[str | int]]:
     """The query's filters as an SQL condition on ``paper``."""
     parts = ["id IN (SELECT paper FROM acts_on WHERE site = ?)"] * len(query.sites)
@@ -343,13 +354,10 @@ def _listed(connection: sqlite3.Connection, query: Query) -> tuple[list[int], in
     """The newest papers that pass the filters."""
     if not query.filtered and not query.excluded:
         return [], 0, False
-    condition, values = _limits(query)
-    if query.excluded:
-        condition += " AND id NOT IN (SELECT rowid FROM words WHERE words MATCH ?)"
-        values.append(_excluded(query))
+    limits, values = condition(query)
     order = "year DESC, day DESC" if query.years else "day DESC"
     rows = connection.execute(
-        f"SELECT id FROM paper WHERE {condition} ORDER BY {order}, source_upvotes DESC, id LIMIT ?",
+        f"SELECT id FROM paper WHERE {limits} ORDER BY {order}, source_upvotes DESC, id LIMIT ?",
         (*values, RANKED + 1),
     )
     ids = [row[0] for row in rows.fetchall()]
@@ -366,22 +374,22 @@ def _by_meaning(connection: sqlite3.Connection, query: Query, meaning: Meaning, 
     among: list[int] | None = None
     k = NEAREST
     if query.filtered:
-        condition, values = _limits(query)
-        rows = connection.execute(f"SELECT id FROM paper WHERE {condition} LIMIT ?", (*values, FEW + 1)).fetchall()
+        limits, values = _limits(query)
+        rows = connection.execute(f"SELECT id FROM paper WHERE {limits} LIMIT ?", (*values, FEW + 1)).fetchall()
         among, k = ([row[0] for row in rows], k) if len(rows) <= FEW else (None, 10 * NEAREST)
     ranked = meaning.nearest(connection, vector, k, among)
     near = [paper for paper, cosine in ranked if cosine >= max(FLOOR, SHARE * ranked[0][1])]
     ids = json.dumps(near)
     if query.filtered and among is None:
         rows = connection.execute(
-            f"SELECT id FROM paper WHERE {condition} AND id IN (SELECT value FROM json_each(?))", (*values, ids)
+            f"SELECT id FROM paper WHERE {limits} AND id IN (SELECT value FROM json_each(?))", (*values, ids)
         ).fetchall()
         near = _only(near, rows)
     inside = "SELECT rowid FROM words WHERE words MATCH ? AND rowid IN (SELECT value FROM json_each(?))"
     if phrases := [term.match for term in query.terms if term.kind == "phrase"]:
         near = _only(near, connection.execute(inside, (" ".join(phrases), ids)).fetchall())
     if query.excluded:
-        out = {row[0] for row in connection.execute(inside, (_excluded(query), ids))}
+        out = {row[0] for row in connection.execute(inside, (fts(query.excluded, " OR "), ids))}
         near = [paper for paper in near if paper not in out]
     return near[:NEAREST]
 
@@ -400,16 +408,16 @@ def _alike(connection: sqlite3.Connection, paper_id: int, limit: int) -> list[in
     words = list(dict.fromkeys(re.findall(r"[^\W\d_]{4,}", text)))[:_WORDS_WEIGHED]
     count = {
         term: connection.execute(
-            "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT 500)", (term.match,)
+            "SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT ?)", (term.match, _COMMON)
         ).fetchone()[0]
         for term in (Term(word, "word") for word in words)
     }
-    rare = sorted((term for term in count if 1 < count[term] < 500), key=count.__getitem__)[:_RAREST]
+    rare = sorted((term for term in count if 1 < count[term] < _COMMON), key=count.__getitem__)[:_RAREST]
     if not rare:  # in a small collection every word may be common
         rare = sorted((term for term in count if count[term] > 1), key=count.__getitem__)[:_RAREST]
     if not rare:
         return []
-    match = f"{{title summary abstract}} : ({' OR '.join(term.match for term in rare)})"
+    match = fts(rare, " OR ", "{title summary abstract}")
     return [paper for paper in _ranked(connection, match, limit=limit + 1) if paper != paper_id]
 
 

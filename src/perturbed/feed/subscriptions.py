@@ -85,12 +85,16 @@ class Wants:
         told = json.loads(text)
         return cls(query=told["query"], sites=told["sites"], papers=told["papers"], evidence=told["evidence"])
 
-    def in_words(self) -> str:
-        """``new papers and new evidence, on “distillation”, acting on optim or weights``."""
+    def in_words(self, *, topic: bool = True) -> str:
+        """``new papers and new evidence, on “distillation”, acting on optim or weights``.
+
+        Args:
+            topic: Whether to repeat the words of the topic, or only that there is one.
+        """
         kinds = [word for word, wanted in (("new papers", self.papers), ("new evidence", self.evidence)) if wanted]
         parts = [" and ".join(kinds)]
         if self.query:
-            parts.append(f"on “{self.query}”")
+            parts.append(f"on “{self.query}”" if topic else "on a topic that the page shows")
         if self.sites:
             parts.append("acting on " + _either(self.sites))
         return ", ".join(parts)
@@ -158,7 +162,7 @@ def ask(database: Database, address: str, wants: Wants, every: Every, now: float
     with database.write() as connection:
         _forget_unanswered(connection, now)
         row = connection.execute("SELECT id, state, asked FROM subscriber WHERE address = ?", (address,)).fetchone()
-        if row and (row["state"] == "suppressed" or now - row["asked"] < ASK_SECONDS):
+        if row and (row["state"] == "suppressed" or 0 <= now - row["asked"] < ASK_SECONDS):  # else: clock set back
             return Outcome(address=address, token=None)
         if row:
             subscriber = row["id"]
@@ -222,7 +226,7 @@ def invitation(
     values = {
         "base": base,
         "confirm": f"{base}/confirm/{token}",
-        "wants": subscription.wants.in_words(),
+        "wants": subscription.wants.in_words(topic=False),  # a stranger's words go to nobody who has not asked
         "often": OFTEN[subscription.every],
     }
     return mail.compose(

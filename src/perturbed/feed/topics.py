@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
-from perturbed.feed.search import Query, Term, parse
-
-_COLUMNS = "{title summary abstract people tags}"
-_INDEX = "id IN (SELECT rowid FROM words WHERE words MATCH ?)"
+from perturbed.feed.search import Query, condition, fts, parse
 
 
 def matching(connection: sqlite3.Connection, text: str, ids: Collection[int]) -> set[int]:
     """Those of some papers that answer a query; none answers an empty one."""
-    condition, values = _condition(parse(text))
+    asked, values = _condition(parse(text))
     rows = connection.execute(
-        f"SELECT id FROM paper WHERE id IN (SELECT value FROM json_each(?)) AND {condition}",
+        f"SELECT id FROM paper WHERE id IN (SELECT value FROM json_each(?)) AND {asked}",
         (json.dumps(list(ids)), *values),
     )
     return {row[0] for row in rows.fetchall()}
@@ -28,36 +25,19 @@ def matching(connection: sqlite3.Connection, text: str, ids: Collection[int]) ->
 
 def newest(connection: sqlite3.Connection, text: str, limit: int, offset: int) -> tuple[list[int], int]:
     """The papers that answer a query, the newest day first, and how many there are in all."""
-    condition, values = _condition(parse(text))
-    total = int(connection.execute(f"SELECT count(*) FROM paper WHERE {condition}", values).fetchone()[0])
+    asked, values = _condition(parse(text))
+    total = int(connection.execute(f"SELECT count(*) FROM paper WHERE {asked}", values).fetchone()[0])
     rows = connection.execute(
-        f"SELECT id FROM paper WHERE {condition} ORDER BY day DESC, id DESC LIMIT ? OFFSET ?",
+        f"SELECT id FROM paper WHERE {asked} ORDER BY day DESC, id DESC LIMIT ? OFFSET ?",
         (*values, limit, offset),
     )
     return [row[0] for row in rows.fetchall()], total
 
 
 def _condition(query: Query) -> tuple[str, list[str | int]]:
-    """A query as an SQL condition on ``paper``."""
-    parts: list[str] = []
-    values: list[str | int] = []
+    """A query as an SQL condition on ``paper``; an empty one lets none through."""
+    asked, values = condition(query)
     if query.terms:
-        parts.append(_INDEX)
-        values.append(_match(query.terms, " AND "))
-    if query.excluded:
-        parts.append(f"NOT {_INDEX}")
-        values.append(_match(query.excluded, " OR "))
-    for site in query.sites:
-        parts.append("id IN (SELECT paper FROM acts_on WHERE site = ?)")
-        values.append(site)
-    if query.verdicts:
-        parts.append("(coalesce(verdict, 'none') IN (SELECT value FROM json_each(?)) OR verdict IS NOT NULL AND ?)")
-        values += [json.dumps(query.verdicts), "any" in query.verdicts]
-    if query.years:
-        parts.append(f"({' OR '.join(['year BETWEEN ? AND ?'] * len(query.years))})")
-        values += [year for span in query.years for year in span]
-    return " AND ".join(parts) or "false", values
-
-
-def _match(terms: Iterable[Term], join: str) -> str:
-    return f"{_COLUMNS} : ({join.join(term.match for term in terms)})"
+        asked += " AND id IN (SELECT rowid FROM words WHERE words MATCH ?)"
+        values.append(fts(query.terms))
+    return (asked if values or query.filtered else "false"), values

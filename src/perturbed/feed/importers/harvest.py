@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from perturbed.feed import store
 from perturbed.feed.database import Database
 from perturbed.feed.importers import atom, hub, oai, page, rss
 from perturbed.feed.importers.http import Client
-from perturbed.feed.importers.reading import FormatError, Read, Unread
+from perturbed.feed.importers.reading import FormatError, Read, Unread, bounded
 from perturbed.feed.papers import Paper
 
 BATCH = 500  # papers in a transaction: few enough that others wait a fraction of a second
@@ -123,7 +123,7 @@ class _Tally:
         prefix = f"{source}: " if source else ""
         self.skipped += read.skipped
         self.notes += [prefix + note for note in read.notes]
-        self.unread += [Unread(u.line, u.text, prefix + u.why) for u in read.unread]
+        self.unread += [replace(u, why=prefix + u.why) for u in read.unread]
 
     @property
     def done(self) -> int:
@@ -174,7 +174,7 @@ def read_file(path: Path, *, saved_on: date | None) -> Read:
     except OSError as e:
         raise ImportFileError(f"{path}: cannot be read ({e.strerror})") from e
     try:
-        return _read(data, saved_on)
+        return bounded(_read(data, saved_on))
     except (FormatError, ImportFileError) as e:
         raise type(e)(f"{path}: {e}") from e
 
@@ -184,7 +184,9 @@ def _read(data: bytes, saved_on: date | None) -> Read:
     if kind != "page":
         return {"hub": hub.read, "atom": atom.read, "oai": oai.read, "rss": rss.read}[kind](data)
     if saved_on is None:
-        raise ImportFileError("a saved page: say when it was saved with --saved-on YYYY-MM-DD, its days have no year")
+        raise ImportFileError(
+            "a saved page leaves its year out of its days: say when that was with --saved-on YYYY-MM-DD"
+        )
     return page.read(_decoded(data), saved_on)
 
 
@@ -361,6 +363,7 @@ class _Harvest:
 
     def _take(self, name: str, read: Read, what: str, state: dict[str, Any] | None) -> None:
         """Store a page; with its last papers where the harvest goes on."""
+        read = bounded(read)
         self.tally.add(read, f"{name} {what}")
         _store(self.database, read.papers, self.tally, progress=self.progress, what=what, then=(name, state))
 

@@ -486,6 +486,8 @@ def _lines(text: str) -> Iterator[_Line]:
             continue
         for piece in _pieces(line):
             kind = next((k for k, pattern in _KINDS.items() if pattern.fullmatch(piece)), "text")
+            if re.search(r"\d{10}", piece) and kind not in ("github", "arxiv", "link"):
+                kind = "text"  # no count and no day
             yield _Line(number, piece, kind, gap)
             gap = False
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 
 from perturbed.errors import PerturbedError
 from perturbed.feed.papers import Paper, spaced, title_key
 
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")  # the others count as white space
+# The other control characters count as white space. Those that turn the direction of writing would turn what stands
+# after the text as well, in a mail, a feed reader or a terminal; U+FFFE and U+FFFF cannot stand in XML.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _SHOWN = 120  # characters of a line that a report repeats
+_MOST_AUTHORS = 10_000  # the most that a paper has had are half as many
+_LONGEST = {  # characters
+    "title": 1_000,
+    "abstract": 50_000,
+    "organisation": 500,
+    "doi": 500,
+    "code_url": 2_000,
+    "project_url": 2_000,
+}
 
 
 class FormatError(PerturbedError):
@@ -60,8 +71,26 @@ class Read:
 
 
 def clean(text: str) -> str:
-    """``text`` with single spaces, without control characters and half surrogates, which no database can keep."""
+    """``text`` with single spaces, without control characters, and half surrogates, which no database can keep."""
     return spaced(_CONTROL.sub("", text))
+
+
+def bounded(read: Read) -> Read:
+    """What was read without the papers that tell more than any real one: they go to ``unread``."""
+    large = {place: why for place, paper in enumerate(read.papers, 1) if (why := _too_large(paper))}
+    if not large:
+        return read
+    unread = (Unread(place, read.papers[place - 1].title, why, "paper") for place, why in large.items())
+    papers = (paper for place, paper in enumerate(read.papers, 1) if place not in large)
+    return replace(read, papers=tuple(papers), unread=(*read.unread, *unread))
+
+
+def _too_large(paper: Paper) -> str | None:
+    if len(paper.authors) > _MOST_AUTHORS:
+        return f"{len(paper.authors):,} authors"
+    texts = [(name, getattr(paper, name) or "", most) for name, most in _LONGEST.items()]
+    texts += [("author", name, 300) for name in paper.authors] + [("category", name, 100) for name in paper.categories]
+    return next((f"{name} of {len(text):,} characters" for name, text, most in texts if len(text) > most), None)
 
 
 def title_in(text: object) -> str:
@@ -80,9 +109,9 @@ def day_of(moment: str | None) -> date | None:
     """The UTC day of an ISO 8601 moment or day, or None where it is none."""
     try:
         at = datetime.fromisoformat(moment or "")
-    except ValueError:
+        return at.astimezone(UTC).date() if at.tzinfo else at.date()
+    except (ValueError, OverflowError):  # of the year 1 or 9999, in another zone
         return None
-    return at.astimezone(UTC).date() if at.tzinfo else at.date()
 
 
 def web_address(text: object) -> str | None:

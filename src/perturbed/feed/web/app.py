@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,18 +20,25 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perturbed.feed import catalogue, evidence
-from perturbed.feed.database import Database
+from perturbed.feed.database import Database, DatabaseError, damaged
 from perturbed.feed.meaning import Meaning
 from perturbed.feed.runs import Runs
 from perturbed.feed.web import api, browse, feeds, owner, subscribe
 from perturbed.feed.web.pages import refusal, static_file
-from perturbed.feed.web.security import Guard, Headed, KnownHost, Limiter, Refused
+from perturbed.feed.web.security import Guard, Headed, KnownHost, Limiter, Refused, is_owner
 from perturbed.feed.web.settings import Settings
 from perturbed.feed.web.state import Feed
 
 _LOG = logging.getLogger("perturbed.feed")
 _EVERY = 10.0  # seconds between two looks at the ledgers
 _BATCH = 32  # papers embedded at once
+_REMEDIES = {  # by SQLite's code: what is no defect of ours
+    sqlite3.SQLITE_FULL: "Make room on the disk, then repeat it.",
+    sqlite3.SQLITE_IOERR: "See whether the disk has room and is well, then repeat it.",
+    sqlite3.SQLITE_READONLY: "Give the user who started the server the right to write it, then repeat it.",
+    sqlite3.SQLITE_CANTOPEN: "See whether it is still in its place, then stop the server and start it again.",
+    sqlite3.SQLITE_BUSY: "Another process writes to it; repeat it in a moment.",
+}
 
 
 def create_app(settings: Settings, *, clock: Callable[[], float] = time.time) -> FastAPI:
@@ -67,11 +75,13 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.time) ->
         database=database, meaning=Meaning(database), runs=Runs(database), settings=settings, clock=clock
     )
     app.state.limiter = Limiter(clock)
+    app.state.ended = set()  # the owner's sessions that were ended before their time
     for part in (browse.router, owner.router, subscribe.router, feeds.router):
         app.include_router(part, include_in_schema=False)
     app.include_router(api.router)
     app.add_api_route("/static/{name}", _static, include_in_schema=False)
-    for error, answer in ((Refused, _refused), (HTTPException, _http_error), (RequestValidationError, _unfit)):
+    answers = ((Refused, _refused), (HTTPException, _http_error), (RequestValidationError, _unfit))
+    for error, answer in (*answers, (DatabaseError, _unusable), (sqlite3.Error, _unusable)):
         app.add_exception_handler(error, answer)
     return app
 
@@ -150,6 +160,27 @@ def _unfit(request: Request, error: Exception) -> Response:
     return refusal(request, Refused(422 if request.url.path.startswith("/api/") else 400, "Not understood", text))
 
 
+def _unusable(request: Request, error: Exception) -> Response:
+    """Where the database cannot be used, the owner learns why; any other error of SQLite is a defect of ours."""
+    told = _trouble(request.app.state.feed, error)
+    if told is None:
+        raise error
+    _LOG.warning("a page could not be shown: %s", told)
+    text = "Its owner finds the reason in the terminal; try again later."
+    return refusal(request, Refused(503, "The database cannot be used", told if is_owner(request) else text))
+
+
+def _trouble(feed: Feed, error: Exception) -> str | None:
+    """What is wrong with the database and what to do, or None where the error is not about that."""
+    path = feed.settings.database
+    if not isinstance(error, sqlite3.Error):
+        return f"{error}." if isinstance(error, DatabaseError) else None
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return f"{damaged(path, error)}."
+    return f"{path}: {error}. {_REMEDIES[code]}" if code in _REMEDIES else None
+
+
 # --- beside the pages --------------------------------------------------------------------------------------------
 
 
@@ -169,11 +200,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _tend(feed: Feed) -> None:
     """Keep what pages show of the ledgers fresh, and give new papers their place in the search by meaning."""
+    said = None
     while True:
         try:
             await asyncio.to_thread(evidence.sync, feed.database, feed.clock())
             while await asyncio.to_thread(feed.meaning.embed_missing, _BATCH):
                 await asyncio.sleep(0.1)
-        except Exception:
-            _LOG.exception("evidence or meaning could not be brought up to date; it is tried again")
+            said = None
+        except Exception as e:
+            told = _trouble(feed, e)
+            if told is None:
+                _LOG.exception("evidence or meaning could not be brought up to date; it is tried again")
+            elif told != said:  # once, not every ten seconds
+                _LOG.warning("evidence and meaning wait: %s", told)
+            said = told
         await asyncio.sleep(_EVERY)

@@ -24,6 +24,7 @@ from perturbed.feed.runs import Run, RunError
 from perturbed.feed.web.browse import found_paper
 from perturbed.feed.web.pages import page, segment
 from perturbed.feed.web.security import (
+    GETS,
     IMPORT_BODY,
     SESSION_SECONDS,
     Refused,
@@ -31,7 +32,9 @@ from perturbed.feed.web.security import (
     is_token,
     limit,
     new_session,
+    no_room,
     owner,
+    session_of,
 )
 from perturbed.feed.web.state import Feed, feed_of
 
@@ -47,7 +50,10 @@ _HERE = re.compile(r"/(?![/\\])[^\s\\]*")
 @router.get("/owner")
 def open_session(request: Request, token: str = "") -> Response:
     """Open the owner's session, with the token of this start; without one, ask for it."""
-    return _opened(request, token) if token else page(request, "owner.html")
+    if token:
+        return _opened(request, token)
+    limit(request, "get", GETS, 60)
+    return page(request, "owner.html")
 
 
 @router.post("/owner")
@@ -57,9 +63,9 @@ def open_session_by_form(request: Request, token: Annotated[str, Form()] = "") -
 
 
 def _opened(request: Request, token: str) -> Response:
-    limit(request, "owner", 10, 60)
     feed = feed_of(request)
     if not is_token(feed.settings, token):
+        limit(request, "owner", 10, 60)  # wrong ones alone: nobody can use up the owner's
         raise Refused(
             403,
             "Not the token of this server",
@@ -79,7 +85,8 @@ def _opened(request: Request, token: str) -> Response:
 
 @router.post("/owner/end", dependencies=OWNER)
 def end_session(request: Request) -> Response:
-    """End the session in this browser."""
+    """End the session, also for whoever has come by a copy of its cookie."""
+    request.app.state.ended.add(session_of(request))
     answer = RedirectResponse("/", 303)
     answer.delete_cookie(cookie_name(feed_of(request).settings), httponly=True, samesite="strict")
     return answer
@@ -210,12 +217,15 @@ def take(request: Request, file: UploadFile, saved_on: Annotated[str, Form()] = 
         raise Refused(400, "No file", "Choose the file that you saved, then import it.")
     # Its own name stays in the report; where it lies on this disk is chosen here.
     name = re.sub(r"[^\w.-]+", "-", PurePosixPath((file.filename or "file").replace("\\", "/")).name).strip(".-")
-    with tempfile.TemporaryDirectory(prefix="perturbed-import-") as folder:
-        path = Path(folder) / (name[:80] or "file")
-        path.write_bytes(content)
-        try:
-            when = date.fromisoformat(saved_on) if saved_on else None
-            import_file(feed.database, path, saved_on=when, now=feed.clock())
-        except (PerturbedError, ValueError) as e:
-            raise Refused(400, "Not imported", str(e).replace(f"{folder}/", "")) from e
+    try:
+        with tempfile.TemporaryDirectory(prefix="perturbed-import-") as folder:
+            path = Path(folder) / (name[:80] or "file")
+            path.write_bytes(content)
+            try:
+                when = date.fromisoformat(saved_on) if saved_on else None
+                import_file(feed.database, path, saved_on=when, now=feed.clock())
+            except (PerturbedError, ValueError) as e:
+                raise Refused(400, "Not imported", str(e).replace(f"{folder}/", "")) from e
+    except OSError as e:
+        raise no_room(e) from e
     return RedirectResponse("/settings#imports", 303)

@@ -80,7 +80,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.globals.update(static=static_address)
-    filters = (outside, segment, day, when, iso, thousands, clipped, capital, kind, attributes)
+    filters = (outside, segment, day, when, iso, thousands, clipped, capital, unbroken, kind, attributes)
     made.filters.update({each.__name__: each for each in filters})
     return made
 
@@ -134,6 +134,11 @@ def clipped(text: str, most: int) -> str:
 def capital(text: str) -> str:
     """The text as the beginning of a sentence."""
     return text[:1].upper() + text[1:]
+
+
+def unbroken(text: str) -> str:
+    """The text without places where a line would break badly: per cent signs stay with their numbers, arrows whole."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%").replace("->", "→")
 
 
 def kind(verdict: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,6 +30,7 @@ SESSION_SECONDS = 7 * 86400
 SMALL_BODY, IMPORT_BODY = 64 * 2**10, 20 * 2**20 + 64 * 2**10  # bytes; an imported file may have 20 MiB
 BODY_SECONDS = 60
 GETS, POSTS, SEARCHES = 900, 60, 240  # a minute and an address
+ONE_CLICKS = 600  # as a large provider posts for many people from few addresses
 ONE_CLICK = "/unsubscribe/one-click/"  # RFC 8058: a mail program posts here, from no page of ours
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -77,11 +79,13 @@ def new_session(settings: Settings, now: float) -> str:
 
 
 def session_of(request: Request) -> str | None:
-    """The owner's session that a request carries, or None: none, not ours, or at its end."""
+    """The owner's session that a request carries, or None: none, not ours, or ended."""
     feed = feed_of(request)
     value = request.cookies.get(cookie_name(feed.settings), "")
     told, _, seal = value.rpartition(".")
     if not hmac.compare_digest(seal.encode(), _seal(feed.settings, "session", told).encode()):
+        return None
+    if value in request.app.state.ended:
         return None
     return value if float(told.partition(".")[0]) > feed.clock() else None
 
@@ -152,7 +156,7 @@ class Limiter:
         now = self._clock()
         with self._lock:
             until, count = self._seen.get((name, address), (now + seconds, 0))
-            if until <= now:
+            if not now < until <= now + seconds:  # it is over, or the clock was set back
                 until, count = now + seconds, 0
             self._seen[name, address] = (until, count + 1)
             if len(self._seen) > self._most:
@@ -165,11 +169,14 @@ class Limiter:
 def limit(request: Request, name: str, per: int, seconds: float) -> None:
     """Let an address do something ``per`` times in so many seconds.
 
+    The owner counts apart: what others on this machine do, or a page of another site in the owner's own browser, must
+    not lock the owner out.
+
     Raises:
         Refused: 429, with the time to wait.
     """
     limiter: Limiter = request.app.state.limiter
-    wait = limiter.wait(name, client_address(request), per, seconds)
+    wait = limiter.wait(name, "owner" if is_owner(request) else client_address(request), per, seconds)
     if wait:
         raise too_many(wait)
 
@@ -178,6 +185,12 @@ def too_many(wait: float) -> Refused:
     """The refusal of who asks too often."""
     whole = max(1, round(wait))
     return Refused(429, "Too many requests", f"Try again in {whole} s.", {"Retry-After": str(whole)})
+
+
+def no_room(error: OSError) -> Refused:
+    """The refusal of what cannot be kept while it is read."""
+    why = f"What you sent could not be kept while it was read ({error.strerror}): make room for temporary files."
+    return Refused(507, "No room", why)
 
 
 def client_address(request: Request) -> str:
@@ -203,9 +216,10 @@ def client_address(request: Request) -> str:
 
 def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(address)
+        found = ipaddress.ip_address(address)
     except ValueError:
         return None
+    return getattr(found, "ipv4_mapped", None) or found  # as IPv4 comes to a socket of IPv6
 
 
 # --- before the pages --------------------------------------------------------------------------------------------
@@ -257,16 +271,24 @@ class Guard:
             return await self.app(scope, receive, send)
         request = Request(scope, receive)
         try:
-            if request.method in SAFE:
-                limit(request, "get", GETS, 60)
-            else:
-                limit(request, "post", POSTS, 60)
+            _limit_all(request)
+            if request.method not in SAFE:
                 receive = await checked(request)
         except Refused as refusal:
             return await self.refuse(request, refusal)(scope, receive, send)
         except ClientDisconnect:
             return None
         await self.app(scope, receive, send)
+
+
+def _limit_all(request: Request) -> None:
+    if request.method in SAFE:
+        if request.url.path != "/owner":  # which limits itself, so that nobody can use up the owner's opening
+            limit(request, "get", GETS, 60)
+    elif request.url.path.startswith(ONE_CLICK):
+        limit(request, "one-click", ONE_CLICKS, 60)
+    elif request.url.path != "/owner":
+        limit(request, "post", POSTS, 60)
 
 
 async def checked(request: Request) -> Receive:
@@ -281,7 +303,12 @@ async def checked(request: Request) -> Receive:
     body = await _body(request)
     if not one_click and (wanted := csrf_token(request)):
         # A request of its own, so that the page can still read the form.
-        form = await Request(request.scope, _replay(body)).form()
+        try:
+            form = await Request(request.scope, _replay(body)).form()
+        except HTTPException as e:
+            raise Refused(400, "Not understood", f"The form could not be read: {e.detail}") from e
+        except OSError as e:  # of the temporary file that a large one goes to
+            raise no_room(e) from e
         told = request.headers.get("x-csrf-token") or form.get("csrf")
         await form.close()
         if not isinstance(told, str) or not hmac.compare_digest(told.encode(), wanted.encode()):

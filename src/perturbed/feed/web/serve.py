@@ -12,6 +12,7 @@ from dataclasses import replace
 import uvicorn
 
 from perturbed.errors import PerturbedError
+from perturbed.feed import sandbox
 from perturbed.feed.web.app import create_app
 from perturbed.feed.web.settings import Settings
 
@@ -33,6 +34,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> None:
     Raises:
         PerturbedError: The port is taken or not allowed, or the database cannot be used.
     """
+    sandbox.keep_to_oneself()  # the mail server's password is in the environment
     with contextlib.closing(_listening(settings)) as listening:
         settings = replace(settings, port=listening.getsockname()[1])
         config = uvicorn.Config(
