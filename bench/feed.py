@@ -120,7 +120,7 @@ def build(path: Path, n: int) -> float:
         spent += clock() - began
     with database.write() as connection:
         for i, unit in enumerate(units(n, n // CLUSTER), 1):
-            keep(connection, i, "synthetic", "", unit)
+            keep(connection, i, "synthetic", unit)
     database.read().execute("PRAGMA wal_checkpoint(TRUNCATE)")
     database.close()
     return 1e6 * spent / n

@@ -83,7 +83,7 @@ def fill(database, vectors):
     with database.write() as connection:
         for i, unit in enumerate(vectors, 1):
             store.upsert(connection, Paper(title=f"Paper {i}", source="page"), 1.0)
-            keep(connection, i, "letters", f"Paper {i}", unit)
+            keep(connection, i, "letters", unit)
 
 
 def clustered(n, seed, clusters=60, spread=0.7):
@@ -128,7 +128,7 @@ def test_nearest_among_some_and_after_changes(database):
     assert {p for p, _ in meant.nearest(connection, vectors[6], 50, among=[3, 9, 999])} == {3, 9}
     assert meant.nearest(connection, vectors[6], 5, among=[]) == []
     with database.write() as inside:
-        keep(inside, 8, "letters", "another text", vectors[6])  # a new vector of a known paper
+        keep(inside, 8, "letters", vectors[6])  # a new vector of a known paper
         inside.execute("DELETE FROM paper WHERE id = 7")
     near = meant.nearest(connection, vectors[6], 50)
     assert near[0] == (8, pytest.approx(1.0))
@@ -144,8 +144,8 @@ def test_the_paper_with_the_last_vector_may_go(database):
     with database.write() as connection:
         kept = store.upsert(connection, Paper(title="A thing", source="hub", arxiv="2501.00001"), 1.0).paper
         gone = store.upsert(connection, Paper(title="Another name", source="page"), 1.0).paper
-        keep(connection, kept, "letters", "t", vectors[0])
-        keep(connection, gone, "letters", "t", vectors[1])
+        keep(connection, kept, "letters", vectors[0])
+        keep(connection, gone, "letters", vectors[1])
     meant = Meaning(database, embedder=None)
     assert len(meant.nearest(database.read(), vectors[1], 5)) == 2
     with database.write() as connection:
@@ -154,7 +154,7 @@ def test_the_paper_with_the_last_vector_may_go(database):
     assert [p for p, _ in meant.nearest(database.read(), vectors[1], 5)] == [kept]
     assert meant.like(database.read(), kept, 5) == []
     with database.write() as connection:
-        keep(connection, kept, "letters", "t", vectors[2])
+        keep(connection, kept, "letters", vectors[2])
     assert meant.nearest(database.read(), vectors[2], 5) == [(kept, pytest.approx(1.0))]
 
 
@@ -203,10 +203,10 @@ def test_what_an_import_changes_meanwhile_is_embedded_again(database, embedder):
             return model.ask(texts, **options)
 
     with database.write() as connection:
-        keep(connection, other, "letters", "other. ", clustered(1, 6)[0])
+        keep(connection, other, "letters", clustered(1, 6)[0])
     meant = Meaning(database, Slow())
     assert meant.embed_missing() == 2  # c and d
-    assert [row[0] for row in database.read().execute("SELECT paper FROM vector WHERE text_hash <> ''")] == [3, 4]
+    assert [row[0] for row in database.read().execute("SELECT paper FROM vector WHERE NOT stale")] == [3, 4]
     assert meant.embed_missing() == 2  # a and what b is part of
     assert meant.embed_missing() == 0
     assert database.read().execute("SELECT count(*) FROM paper").fetchone()[0] == 4
@@ -389,7 +389,7 @@ def test_the_real_model_finds_what_shares_no_word(database):
 
 def test_vectors_are_part_of_the_transaction(database):
     with pytest.raises(sqlite3.IntegrityError), database.write() as connection:
-        keep(connection, 999, "m", "t", clustered(1, 4)[0])
+        keep(connection, 999, "m", clustered(1, 4)[0])
 
 
 def test_the_child_ends_with_its_parent_before_the_model_is_there():

@@ -308,7 +308,7 @@ def axes(database, connection):
     unit = np.eye(8, 384, dtype=np.float32)
     with database.write() as inside:
         for paper in range(1, 6):
-            keep(inside, paper, "m", "text", unit[paper])
+            keep(inside, paper, "m", unit[paper])
     return unit
 
 

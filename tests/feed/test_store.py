@@ -268,8 +268,8 @@ def test_votes_and_comments(connection):
     assert store.vote(connection, paper, "owner", 2.0)
     assert not store.vote(connection, paper, "owner", 3.0)
     assert one(connection, title_address("A title")).votes == 1
-    assert store.unvote(connection, paper, "owner", 4.0)
-    assert not store.unvote(connection, paper, "owner", 5.0)
+    assert store.unvote(connection, paper, "owner")
+    assert not store.unvote(connection, paper, "owner")
     second = store.comment(connection, paper, "owner", " later\r\n<b>\x02bold\x03</b> ", 7.0)
     first = store.comment(connection, paper, "owner", "earlier", 6.0)
     assert [(c.id, c.body, c.at) for c in store.comments_of(connection, paper)] == [

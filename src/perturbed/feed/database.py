@@ -79,10 +79,10 @@ class Database:
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield connection
+            connection.commit()
         except BaseException:
             connection.rollback()
             raise
-        connection.commit()
 
     def close(self) -> None:
         """Close this thread's connection."""

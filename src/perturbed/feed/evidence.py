@@ -279,7 +279,7 @@ def evidence(slug: str) -> Evidence | Unreadable | None:
 
 
 def sync(database: Database, now: float) -> int:
-    """Copy the verdicts of ledgers that have changed into the database, with a finding for each record not yet seen.
+    """Copy the verdicts of ledgers that have changed into the database, with a finding wherever one changes.
 
     Papers that the catalogue has not put into the database are left for later. The verdict of a paper whose ledger
     cannot be read is taken away.
@@ -386,17 +386,21 @@ def _judged(record: Record) -> Record:
 
 
 def _judge(slug: str) -> tuple[str | None, list[_Finding]]:
-    """The verdict that lists show, and the records that led to it; nothing of a ledger that cannot be believed."""
+    """The verdict that lists show, and the records that first said so or otherwise; nothing that cannot be believed.
+
+    A record that says what the one before it said is no finding.
+    """
     short = summary_of(slug)
     if short is None or short.problem:
         return None, []
-    findings = []
+    findings: list[_Finding] = []
     found = _find(slug)
     for record in found.deciding if found else ():
         # An old record that cannot be judged is no finding; the page leaves it out too, and says why.
         with contextlib.suppress(Exception):
             verdict = str(_judged(record)["verdict"])
-            findings.append(_Finding(record["hash"], verdict, _seconds(record.get("started"))))
+            if not findings or findings[-1].verdict != verdict:
+                findings.append(_Finding(record["hash"], verdict, _seconds(record.get("started"))))
     return short.verdict, findings
 
 

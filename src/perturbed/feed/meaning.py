@@ -9,7 +9,6 @@ comparison three milliseconds more.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -308,7 +307,7 @@ class Meaning:
                 present = _texts(connection, texts)
                 for (paper, text), unit in zip(texts.items(), units, strict=True):
                     if present.get(paper) == text:
-                        keep(connection, paper, self._embedder.model or "", text, unit)
+                        keep(connection, paper, self._embedder.model or "", unit)
                         made += 1
         return made
 
@@ -334,11 +333,10 @@ class Meaning:
             return self._papers, self._bits
 
 
-def keep(connection: sqlite3.Connection, paper: int, model: str, text: str, unit: Vector) -> None:
+def keep(connection: sqlite3.Connection, paper: int, model: str, unit: Vector) -> None:
     """Store the vector of a paper; call it inside a transaction."""
-    text_hash = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
     raw = unit.astype("<f4").tobytes()
-    connection.execute("INSERT OR REPLACE INTO vector VALUES (?, ?, ?, ?)", (paper, model, text_hash, raw))
+    connection.execute("INSERT OR REPLACE INTO vector (paper, model, unit) VALUES (?, ?, ?)", (paper, model, raw))
     connection.execute("INSERT OR REPLACE INTO sketch (paper, bits) VALUES (?, ?)", (paper, sketch(unit)))
 
 
@@ -349,7 +347,7 @@ def sketch(unit: Vector) -> bytes:
 
 _MISSING = """
 SELECT id FROM paper WHERE NOT EXISTS (SELECT 1 FROM vector WHERE vector.paper = paper.id)
-UNION SELECT paper FROM vector WHERE text_hash = ''
+UNION SELECT paper FROM vector WHERE stale
 UNION SELECT paper FROM vector WHERE ?1 <> '' AND (model < ?1 OR model > ?1)
 """
 

@@ -14,6 +14,7 @@ SITES = ("data", "inputs", "features", "weights", "objectives", "optim", "infere
 # What a source is believed over: arXiv knows its papers, the hub copies from arXiv, a saved page lost the format.
 SOURCES = ("catalogue", "page", "hub", "rss", "oai", "arxiv")
 
+_UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _ARXIV = re.compile(r"(\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v(\d{1,4}))?", re.ASCII)
 
 
@@ -61,6 +62,21 @@ class Paper:
     def key(self) -> str:
         """What names the paper in an address: the arXiv identifier, else a hash of the title."""
         return self.arxiv or title_address(self.title)
+
+
+def clean(text: str) -> str:
+    """``text`` on one line, with single spaces and without what `printed` leaves out."""
+    return spaced(printed(spaced(text)))
+
+
+def printed(text: str) -> str:
+    """``text``, its lines as they are, without what nobody should write into a title, a name or a comment.
+
+    That is: control characters (search marks its matches with them), halves of surrogate pairs (JSON can spell them, no
+    file can hold them), signs that turn the direction of writing of all that follows in a mail, a feed reader or a
+    terminal, and what cannot stand in XML.
+    """
+    return _UNWANTED.sub("", text)
 
 
 def spaced(text: str) -> str:

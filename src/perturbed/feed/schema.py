@@ -86,13 +86,13 @@ END;
 CREATE TABLE vector (                    -- the meaning of title and text as the model of that name puts it
     paper INTEGER PRIMARY KEY REFERENCES paper ON DELETE CASCADE,
     model TEXT NOT NULL,
-    text_hash TEXT NOT NULL,             -- of what was embedded; '' once that has changed, so that it is embedded again
+    stale INTEGER NOT NULL DEFAULT 0,    -- its text has changed: to be embedded again
     unit BLOB NOT NULL                   -- float32, length 1
 );
 CREATE INDEX vector_model ON vector (model);
-CREATE INDEX vector_stale ON vector (paper) WHERE text_hash = '';
+CREATE INDEX vector_stale ON vector (paper) WHERE stale;
 CREATE TRIGGER paper_vector_stale AFTER UPDATE OF title, summary, abstract ON paper BEGIN
-    UPDATE vector SET text_hash = '' WHERE paper = new.id;
+    UPDATE vector SET stale = 1 WHERE paper = new.id;
 END;
 CREATE TABLE sketch (                    -- the signs of a vector's numbers, one bit each, to find near ones quickly
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- a new one whenever the vector is: what came after N is new

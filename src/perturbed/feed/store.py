@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
 
-from perturbed.feed.papers import SITES, SOURCES, Paper, spaced, title_address, title_key
+from perturbed.feed.papers import SITES, SOURCES, Paper, clean, printed, title_address, title_key
 
 # Told by sources and decided by their rank; ``ranks`` of a row holds one digit for each, "-" where nobody told.
 FIELDS = (
@@ -25,9 +25,6 @@ COUNTS = ("source_upvotes", "source_comments")  # they change with time: the new
 _UNTOLD = "-" * len(FIELDS)
 _RANK = {"-": -1} | {str(i): i for i in range(len(SOURCES))}
 
-# Control characters have no place in a title or an abstract (search marks its matches with them), and a lone half of a
-# surrogate pair, which JSON can spell, cannot be written to the file at all.
-_UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _LARGEST = 2**31  # a count above is a source's mistake, and might not fit a column
 
 Kind = Literal["new", "merged", "changed", "same"]
@@ -135,7 +132,7 @@ def upsert(connection: sqlite3.Connection, paper: Paper, now: float) -> Change:
     Raises:
         ValueError: The title is empty, or the source is none of `papers.SOURCES`.
     """
-    title = _clean(paper.title)
+    title = clean(paper.title)
     if not title:
         raise ValueError("a paper needs a title")
     if paper.source not in SOURCES:
@@ -198,7 +195,7 @@ def enrol(
 
 def find(connection: sqlite3.Connection, key: str) -> Entry | None:
     """The paper of a key, an earlier key, an arXiv identifier with or without version, or a slug, in any case."""
-    key = _clean(key)
+    key = clean(key)
     bare = re.sub(r"v\d+$", "", key, flags=re.IGNORECASE)
     row = connection.execute(
         "SELECT id FROM paper WHERE key = :key UNION ALL SELECT id FROM paper WHERE slug = :key "
@@ -260,8 +257,8 @@ def vote(connection: sqlite3.Connection, paper: int, voter: str, now: float) -> 
     return done.rowcount == 1
 
 
-def unvote(connection: sqlite3.Connection, paper: int, voter: str, now: float) -> bool:
-    """Take a voter's upvote back; whether there was one. ``now`` is of no use yet but alike for both."""
+def unvote(connection: sqlite3.Connection, paper: int, voter: str) -> bool:
+    """Take a voter's upvote back; whether there was one."""
     done = connection.execute("DELETE FROM vote WHERE paper = ? AND voter = ?", (paper, voter))
     return done.rowcount == 1
 
@@ -272,11 +269,11 @@ def comment(connection: sqlite3.Connection, paper: int, author: str, body: str, 
     Raises:
         ValueError: It is empty.
     """
-    body = _UNWANTED.sub("", body.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    body = printed(body.replace("\r\n", "\n").replace("\r", "\n")).strip()
     if not body:
         raise ValueError("a comment needs words")
     done = connection.execute(
-        "INSERT INTO comment (paper, author, body, at) VALUES (?, ?, ?, ?)", (paper, _clean(author), body, now)
+        "INSERT INTO comment (paper, author, body, at) VALUES (?, ?, ?, ?)", (paper, clean(author), body, now)
     )
     return int(done.lastrowid or 0)
 
@@ -447,10 +444,10 @@ def _alias(connection: sqlite3.Connection, key: str, paper: int) -> None:
 
 def _told(paper: Paper, title: str) -> dict[str, Any]:
     """The values of `FIELDS`, None where the source is silent."""
-    people = "\n".join(name for author in paper.authors if (name := _clean(author)))
+    people = "\n".join(name for author in paper.authors if (name := clean(author)))
     return {
         "title": title,
-        "abstract": _UNWANTED.sub("", paper.abstract).strip() or None if paper.abstract else None,
+        "abstract": printed(paper.abstract).strip() or None if paper.abstract else None,
         "people": people or None,
         "author_count": people.count("\n") + 1 if people else _count(paper.author_count),
         "organisation": _or_none(paper.organisation),
@@ -463,12 +460,8 @@ def _told(paper: Paper, title: str) -> dict[str, Any]:
     }
 
 
-def _clean(text: str) -> str:
-    return spaced(_UNWANTED.sub(" ", text))
-
-
 def _or_none(text: str | None) -> str | None:
-    return _clean(text) or None if text else None
+    return clean(text) or None if text else None
 
 
 def _iso(day: date | None) -> str | None:
@@ -484,4 +477,4 @@ def _count(number: int | None) -> int | None:
 
 
 def _tags(there: str, more: Iterable[str]) -> str:
-    return " ".join(dict.fromkeys([*there.split(), *(word for text in more for word in _clean(text).split())]))
+    return " ".join(dict.fromkeys([*there.split(), *(word for text in more for word in clean(text).split())]))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from perturbed.feed.importers.reading import FormatError, Read, Unread, clean, day_of, title_in, web_address
-from perturbed.feed.papers import Paper, arxiv_id
+from perturbed.feed.importers.reading import FormatError, Read, Unread, day_of, title_in, web_address
+from perturbed.feed.papers import Paper, arxiv_id, clean
 
 _MOST = 2**31 - 1
 

@@ -7,7 +7,8 @@ from xml.etree.ElementTree import Element, ParseError
 import defusedxml
 from defusedxml.ElementTree import fromstring
 
-from perturbed.feed.importers.reading import FormatError, clean
+from perturbed.feed.importers.reading import FormatError
+from perturbed.feed.papers import clean
 
 
 def parse(data: str | bytes, root: str, entry: str) -> Element:

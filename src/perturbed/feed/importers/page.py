@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
 
-from perturbed.feed.importers.reading import FormatError, Read, Unread, clean, web_address
-from perturbed.feed.papers import Paper, arxiv_id, title_key
+from perturbed.feed.importers.reading import FormatError, Read, Unread, web_address
+from perturbed.feed.papers import Paper, arxiv_id, clean, title_key
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _MONTH = "(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"

@@ -7,11 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 
 from perturbed.errors import PerturbedError
-from perturbed.feed.papers import Paper, spaced, title_key
+from perturbed.feed.papers import Paper, clean, title_key
 
-# The other control characters count as white space. Those that turn the direction of writing would turn what stands
-# after the text as well, in a mail, a feed reader or a terminal; U+FFFE and U+FFFF cannot stand in XML.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _SHOWN = 120  # characters of a line that a report repeats
 _MOST_AUTHORS = 10_000  # the most that a paper has had are half as many
 _LONGEST = {  # characters
@@ -68,11 +65,6 @@ class Read:
     more: str | None = None
     skipped: int = 0
     notes: tuple[str, ...] = ()
-
-
-def clean(text: str) -> str:
-    """``text`` with single spaces, without control characters, and half surrogates, which no database can keep."""
-    return spaced(_CONTROL.sub("", text))
 
 
 def bounded(read: Read) -> Read:

@@ -100,7 +100,10 @@ def vote(request: Request, key: str, undo: Annotated[str, Form()] = "", back: An
     """Upvote a paper, or take that back."""
     feed, entry = feed_of(request), found_paper(request, key)
     with feed.database.write() as connection:
-        (store.unvote if undo else store.vote)(connection, entry.id, VOTER, feed.clock())
+        if undo:
+            store.unvote(connection, entry.id, VOTER)
+        else:
+            store.vote(connection, entry.id, VOTER, feed.clock())
     if "application/json" in request.headers.get("accept", ""):
         return JSONResponse({"voted": not undo})
     return RedirectResponse(back if _HERE.fullmatch(back) else f"/papers/{segment(entry.key)}", 303)
