@@ -159,7 +159,7 @@ def test_update_says_what_could_not_be_read(perturbed, monkeypatch):
         (("import", "nothing.txt"), ["nothing.txt", "cannot be read"]),
         (("import", "page.txt"), ["--saved-on YYYY-MM-DD"]),
         (("import", "page.txt", "--saved-on", "17.11.2025"), ["--saved-on 17.11.2025", "YYYY-MM-DD"]),
-        (("import", "page.txt", "--saved-on", "2999-01-01"), ["--saved-on 2999-01-01", "still to come"]),
+        (("import", "page.txt", "--saved-on", "2999-01-01"), ["saved on 2999-01-01", "still to come"]),
         (("update", "--source", "scholar"), ["scholar", "hub"]),
         (("update", "--category", "http://x"), ["http://x", "cs.LG"]),
         (("export", "--json", "--bibtex"), ["choose one"]),

@@ -148,7 +148,7 @@ def test_the_numbers_are_those_of_the_record():
     assert "±1 bits one bit halves the candidates that an attacker has to try" in text
     assert f"{record['arms']['other_codes']['p_holm']:.2g}" in text
     means = [math.fsum(record["scores"][arm].values()) / 8 for arm in ("control", "perturbed")]
-    assert "exposure: control {:.4g} bits → perturbed {:.4g} bits".format(*means) in text
+    assert "exposure: control {:.2f} → perturbed {:.2f} bits".format(*means) in text
     assert record["claim"]["paper"] in text
     assert record["claim"]["text"] in text
     assert record["command"] in text

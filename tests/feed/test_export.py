@@ -276,7 +276,7 @@ def test_what_cannot_be_salvaged_says_why(tmp_path):
     assert not absent.exists()
     text = tmp_path / "text.sqlite"
     text.write_text("no database" * 1000)
-    with pytest.raises(DatabaseError, match="not a usable feed database"):
+    with pytest.raises(DatabaseError, match="nothing of it can be read"):
         salvage(text)
     other = tmp_path / "other.sqlite"
     connection = sqlite3.connect(other)

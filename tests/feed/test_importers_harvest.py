@@ -1,12 +1,13 @@
 """Files of every kind into the database, and harvests that are cut off at any point: killed, and gone on with."""
 
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ They sit.
 Sep 9, 2024
 """
 SAVED = date(2025, 11, 17)
+NOW = datetime(2025, 11, 20, tzinfo=UTC).timestamp()
 
 
 @pytest.fixture
@@ -137,9 +139,9 @@ def test_every_kind_is_told_by_its_content(database, tmp_path):
 
 def test_pages_in_other_encodings(database, tmp_path):
     for data in (b"\xef\xbb\xbf" + PAGE.encode(), PAGE.encode("utf-16"), PAGE.replace("\n", "\r\n").encode()):
-        assert import_file(database, saved(tmp_path, data), saved_on=SAVED, now=0.0).papers == 2
+        assert import_file(database, saved(tmp_path, data), saved_on=SAVED, now=NOW).papers == 2
     with pytest.raises(FormatError, match="UTF-8"):
-        import_file(database, saved(tmp_path, PAGE.encode("latin-1", "replace") + b"\xff"), saved_on=SAVED, now=0.0)
+        import_file(database, saved(tmp_path, PAGE.encode("latin-1", "replace") + b"\xff"), saved_on=SAVED, now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_pages_in_other_encodings(database, tmp_path):
 )
 def test_what_cannot_be_imported_says_why_and_leaves_nothing(database, tmp_path, data, why):
     with pytest.raises((ImportFileError, FormatError), match=why) as refused:
-        import_file(database, saved(tmp_path, data, "odd.bin"), saved_on=SAVED, now=0.0)
+        import_file(database, saved(tmp_path, data, "odd.bin"), saved_on=SAVED, now=NOW)
     assert "odd.bin" in str(refused.value)
     assert not imports(database)
     assert not papers(database)
@@ -165,10 +167,10 @@ def test_what_cannot_be_imported_says_why_and_leaves_nothing(database, tmp_path,
 
 def test_a_file_that_is_not_there_or_too_large(database, tmp_path, monkeypatch):
     with pytest.raises(ImportFileError, match="cannot be read"):
-        import_file(database, tmp_path / "none", saved_on=SAVED, now=0.0)
+        import_file(database, tmp_path / "none", saved_on=SAVED, now=NOW)
     monkeypatch.setattr(harvest, "LARGEST_FILE", 10)
     with pytest.raises(ImportFileError, match="split it"):
-        import_file(database, saved(tmp_path, PAGE), saved_on=SAVED, now=0.0)
+        import_file(database, saved(tmp_path, PAGE), saved_on=SAVED, now=NOW)
 
 
 def test_500_papers_to_a_transaction_and_progress_after_each(database, tmp_path):
@@ -312,12 +314,22 @@ def test_a_server_that_counts_wrongly_is_not_asked_for_ever(database, server):
     server.body = lambda host, path: server.feed("".join(map(recorded.entry, server.papers[:8])), 60, 0)
     with pytest.raises(PerturbedError, match="answered page 8 when asked for 8"):
         run(database, server, sources=["arxiv"])
-    again = recorded.oai_answer(
-        f"<ListRecords>{recorded.record(server.papers[0])}<resumptionToken>same</resumptionToken></ListRecords>"
-    )
-    server.body = lambda host, path: again
-    with pytest.raises(PerturbedError, match="leads to itself"):
-        run(database, server, sources=["oai"], categories=["cs.LG"])
+    for tokens in (["same"], ["one", "other"]):
+        following = itertools.cycle(tokens)
+        server.body = lambda host, path, following=following: recorded.oai_answer(
+            f"<ListRecords>{recorded.record(server.papers[0])}"
+            f"<resumptionToken>{next(following)}</resumptionToken></ListRecords>"
+        )
+        with pytest.raises(PerturbedError, match="in a circle"):
+            run(database, server, sources=["oai"], categories=["cs.LG"])
+
+
+def test_a_day_of_the_hub_has_an_end(database, server, monkeypatch):
+    monkeypatch.setattr(harvest, "HUB_PAGE", 1)
+    monkeypatch.setattr(harvest, "HUB_MOST", 3)
+    with pytest.raises(PerturbedError, match="more than 3 papers of 2025-"):
+        run(database, server, sources=["hub"], days=1)
+    assert len(papers(database)) == 3, "what came before stays"
 
 
 def test_more_than_arxiv_gives_out_is_said(database, server, monkeypatch):

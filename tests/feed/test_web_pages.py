@@ -598,3 +598,10 @@ def test_what_is_wrong_with_the_database_is_logged_once_and_not_every_ten_second
     assert next(rounds) > 3
     assert len([record for record in caplog.records if "moved, removed" in record.getMessage()]) == 1
     assert not any(record.exc_info for record in caplog.records)
+
+
+def test_what_keeps_runs_waiting_is_said(app):
+    client = visitor(app)
+    assert "queue cannot be used" not in client.get("/runs").text
+    app.state.feed.runs.trouble = "runs wait, as their queue cannot be used: disk <full>"
+    assert "queue cannot be used: disk &lt;full&gt;" in client.get("/runs").text

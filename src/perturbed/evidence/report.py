@@ -426,13 +426,16 @@ def _arxiv(record: Record) -> str | None:
 def _ours(record: Record) -> dict[str, str]:
     result = _primary(record)
     unit = f" {record['unit']}" if record.get("unit") else ""
+    # in log units the interval says nothing about how finely the scores are known
+    decimals = None if record.get("transform") == "log" else places(result["interval"])
     means = []
     for arm in (result["reference"], record["primary"]):
         mean = _mean(record["scores"].get(arm, {}))
-        means.append(f"{arm} " + ("without a mean" if mean is None else number(mean) + unit))
+        plain = DASH if mean is None else number(mean) if decimals is None or decimals > 6 else f"{mean:.{decimals}f}"
+        means.append(f"{arm} " + ("without a mean" if mean is None else plain))
     where = " · ".join(str(x) for x in (record.get("scale") and f"{record['scale']} scale", record.get("plan")) if x)
     return {
-        "means": f"{record['metric']}: {' → '.join(means)}",
+        "means": f"{record['metric']}: {' → '.join(means)}{unit}",
         "where": where,
         "seeds": f"{len(record['seeds'])} seeds",
     }

@@ -69,8 +69,6 @@ def import_(
     from perturbed.feed.importers import harvest
 
     saved = day_of("--saved-on", saved_on)
-    if saved and saved > datetime.now(UTC).date() + timedelta(days=1):
-        raise PerturbedError(f"--saved-on {saved}: that day is still to come; say on which the page was saved")
     store = opened(database)
     with counting() as progress:
         found = harvest.import_file(store, file, saved_on=saved, now=time.time(), progress=progress)
@@ -240,8 +238,9 @@ def subscribe(
     database: Where = None,
 ) -> None:
     """Ask an address, by mail, to confirm a subscription."""
-    from perturbed.feed import mail, subscriptions
+    from perturbed.feed import mail, sandbox, subscriptions
 
+    sandbox.keep_to_oneself()  # the environment may hold the password of the mail server
     wants = subscriptions.Wants(query=topic, sites=tuple(site or ()), papers=not evidence)
     subscriptions.normalised(address)  # what is wrong with it is said before what is wrong with the server
     fate = subscriptions.invite(
@@ -264,8 +263,9 @@ def digest(
 ) -> None:
     """Mail the digest of a day or week to those who confirmed; for cron. Nobody gets one twice."""
     from perturbed.feed import digest as digests
-    from perturbed.feed import mail
+    from perturbed.feed import mail, sandbox
 
+    sandbox.keep_to_oneself()  # the environment may hold the password of the mail server
     day = day_of("--on", on) or datetime.now(UTC).date() - timedelta(days=1 if span(every) == "day" else 7)
     store, now = opened(database), time.time()
     if dry_run:

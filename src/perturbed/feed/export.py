@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from perturbed.feed.database import DatabaseError, damaged
+from perturbed.feed.database import DatabaseError
 from perturbed.feed.papers import SITES
 from perturbed.feed.schema import APPLICATION_ID
 
@@ -95,7 +95,9 @@ def salvage(path: Path) -> sqlite3.Connection:
         connection.execute("SELECT id FROM paper WHERE id < 0").fetchone()
     except sqlite3.DatabaseError as e:
         connection.close()
-        raise DatabaseError(damaged(path, e)) from e
+        raise DatabaseError(
+            f"{path}: nothing of it can be read ({e}); move it away and restore a backup, or begin anew by an import"
+        ) from e
     if not ours:
         connection.close()
         raise DatabaseError(f"{path}: this SQLite file is another program's")

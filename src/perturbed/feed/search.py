@@ -265,7 +265,7 @@ def _by_words(connection: sqlite3.Connection, query: Query, notes: list[str]) ->
             match = _match(query, rare, " OR ")
             found = _matching(connection, match)
         if found:
-            notes.append("No paper has all these words; these have some of them.")
+            notes.append("No paper has all these words; these have some of them, or mean something like them.")
     if len(found) <= RANKED:
         return _on_sites(connection, query, _ranked(connection, match)), {*_on_sites(connection, query, found)}, False
     in_title = _match(query, query.terms, columns="{title}")

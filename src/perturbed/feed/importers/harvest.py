@@ -27,6 +27,8 @@ from perturbed.feed.papers import Paper
 BATCH = 500  # papers in a transaction: few enough that others wait a fraction of a second
 LARGEST_FILE = 200_000_000  # bytes: it is read whole
 HUB_PAGE = 100
+HUB_MOST = 50  # pages of one day; no day has had two
+OAI_MOST = 10_000  # pages of one harvest: all of arXiv in those of the server's size
 ATOM_PAGE = 500
 ATOM_MOST = 30_000  # results of one query that arXiv gives out
 CATEGORIES = ("cs.LG", "cs.CL", "cs.CV", "stat.ML")
@@ -153,9 +155,12 @@ def import_file(
         progress: Called after each transaction.
 
     Raises:
-        ImportFileError: The file cannot be read, is too large, of no known kind, or is a page without ``saved_on``.
+        ImportFileError: The file cannot be read, is too large, of no known kind, or is a page without ``saved_on``
+            or saved on a day still to come.
         FormatError: The file is of a known kind but broken; nothing was taken.
     """
+    if saved_on is not None and saved_on > datetime.fromtimestamp(now, UTC).date() + timedelta(days=1):
+        raise ImportFileError(f"saved on {saved_on}: that day is still to come; say on which the page was saved")
     read = read_file(path, saved_on=saved_on)
     tally = _Tally(path.name, now)
     tally.add(read)
@@ -296,6 +301,8 @@ class _Harvest:
             day, number = (date.fromisoformat(place[0]), int(place[1])) if place else (first, 0)
             before: tuple[Paper, ...] = ()  # the same page again is the end: some servers do not count pages
             while day <= last:
+                if number >= HUB_MOST:
+                    raise PerturbedError(f"the hub lists more than {HUB_MOST * HUB_PAGE:,} papers of {day}; try later")
                 query = urlencode({"date": day.isoformat(), "p": number, "limit": HUB_PAGE})
                 read = self.client.read(f"https://huggingface.co/api/daily_papers?{query}", hub.read)
                 full = len(read.papers) + len(read.unread) >= HUB_PAGE and read.papers != before
@@ -336,16 +343,20 @@ class _Harvest:
         state = self._state(name) or {"since": span[0].isoformat()}
         began = state.get("began", span[1].isoformat())  # what changes meanwhile belongs to the next harvest
         token = state.get("token")
+        before: set[str] = set()
+        begun_anew = False
         while True:
             try:
                 read = self.client.read(_records(category, state["since"], token), oai.read)
             except oai.ExpiredToken:
-                if token is None:
+                if token is None or begun_anew:
                     raise
-                token = None  # a day has passed since: the same list from its start
+                token, begun_anew = None, True  # a day has passed since: the same list from its start
+                before.clear()
                 continue
-            if read.more is not None and read.more == token:
-                raise PerturbedError("arXiv's resumption token leads to itself; run it again later")
+            before.add(token or "")
+            if read.more in before or len(before) > OAI_MOST:
+                raise PerturbedError("arXiv's resumption tokens lead in a circle; run it again later")
             token = read.more
             following = {"since": state["since"], "began": began, "token": token} if token else {"since": began}
             self._take(name, read, f"{category} since {state['since']}", following)

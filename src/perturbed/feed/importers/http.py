@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
-import httpx
 
 from perturbed.errors import PerturbedError
 from perturbed.feed.database import Database
@@ -195,7 +194,7 @@ class Client:
         name, endpoint, path = self._place(url)
         self._wait_turn(name)
         backend = _Backend(endpoint, self._resolve, time.monotonic() + self._most_seconds)
-        request = httpx.URL(scheme=endpoint.scheme, host=name, port=endpoint.port, raw_path=path)
+        request = httpcore.URL(scheme=endpoint.scheme, host=name, port=endpoint.port, target=path)
         headers: dict[bytes | str, bytes | str] = {
             "Host": name,
             "User-Agent": "perturbed-feed/0.1 (self-hosted reader of daily papers)",
@@ -206,7 +205,7 @@ class Client:
         try:
             with (
                 httpcore.ConnectionPool(ssl_context=_tls(endpoint), network_backend=backend) as pool,
-                pool.stream("GET", str(request), headers=headers, extensions={"timeout": limits}) as answer,
+                pool.stream("GET", request, headers=headers, extensions={"timeout": limits}) as answer,
             ):
                 told = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in answer.headers}
                 if told.get("content-encoding", "identity") != "identity":
@@ -272,7 +271,7 @@ class Client:
 
 
 def _tls(endpoint: Endpoint) -> ssl.SSLContext | None:
-    return httpx.create_ssl_context() if endpoint.scheme == "https" else None
+    return httpcore.default_ssl_context() if endpoint.scheme == "https" else None
 
 
 class _Backend(httpcore.NetworkBackend):

@@ -387,14 +387,14 @@ class _Page:
         card.foot = True
         card.authors, card.organisation = foot.authors, foot.organisation
         if foot.date is None:
-            self.notes.append(f"line {card.line}: {card.title[:60]!r} has a byline but no day")
+            self.notes.append(f"line {card.line}: {_short(card.title)} has a byline but no day")
         else:
             card.published, card.comments = self._day(foot.date)
 
     def _keep(self, cards: list[_Card]) -> None:
         for card in cards:
             if not card.foot:
-                self.notes.append(f"line {card.line}: {card.title[:60]!r} has neither byline nor day: both left empty")
+                self.notes.append(f"line {card.line}: {_short(card.title)} has neither byline nor day: both left empty")
             if card.title and not title_key(card.title):
                 self._leave(card.line, card.title, "a title without a letter or digit")
             self.cards.append(card)
@@ -531,3 +531,7 @@ def _ends(text: str) -> bool:
 def _prose(text: str) -> bool:
     """Whether a paragraph reads as an abstract rather than as a title."""
     return len(text) > _TITLE or text.rstrip("\"'”’)]").endswith((".", "…")) or (_ends(text) and len(text) > 150)
+
+
+def _short(title: str) -> str:
+    return repr(title if len(title) <= 60 else f"{title[:59]}…")

@@ -153,7 +153,9 @@ def _number(name: str, text: str) -> float:
 def runs(request: Request) -> Response:
     """The studies that were run here, the newest first."""
     feed = feed_of(request)
-    return page(request, "runs.html", runs=feed.runs.recent(50), isolation=feed.runs.isolation())
+    return page(
+        request, "runs.html", runs=feed.runs.recent(50), isolation=feed.runs.isolation(), trouble=feed.runs.trouble
+    )
 
 
 @router.get("/runs/{number}")
@@ -165,6 +167,7 @@ def one_run(request: Request, number: int) -> Response:
         request,
         "run.html",
         run=found,
+        trouble=feed.runs.trouble,
         entry=store.find(feed.database.read(), found.slug),
         result=page_values(found.record) if found.record else None,
         spark=sparkline(found.record) if found.record else None,
