@@ -18,8 +18,9 @@ from playwright.sync_api import sync_playwright
 SECONDS = 120  # for what waits for the machine: a model that starts, a study that runs
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """A browser, ended with the module: while it runs, no other test of this process can have an event loop."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         why = "no Chromium on this machine: install Debian's chromium package"
