@@ -96,10 +96,10 @@ def list_(
     """The methods, with the verdicts of their committed evidence."""
     from perturbed.core.registry import cards
     from perturbed.evidence.ledger import stored_verdict
+    from perturbed.feed.papers import SITES
 
-    sites = ("data", "inputs", "features", "weights", "objectives", "optim", "inference", "measures")
     if site is not None:
-        choice("--site", site, sites)
+        choice("--site", site, SITES)
     rows = []
     for card in cards().values():
         text = " ".join([card.slug, card.title, card.summary, *card.tags]).lower()

@@ -213,6 +213,13 @@ def _name(record: Record) -> str:
     return str(record.get("title") or record.get("slug") or f"{record['primary']} against {record['reference']}")
 
 
+def kind_of(verdict: str) -> tuple[Kind, str]:
+    """How a verdict is shown, and its class in the style; one of a later version as it is written."""
+    if verdict in KINDS:
+        return KINDS[verdict], verdict
+    return Kind("·", f"Verdict: {verdict}.", _OPEN), "unknown"
+
+
 def shown_verdict(record: Record, verdict: str | None = None, trivial: bool | None = None) -> dict[str, Any]:
     """What a template needs to show a verdict; an unknown one (of a later version) is shown as it is written.
 
@@ -227,8 +234,7 @@ def shown_verdict(record: Record, verdict: str | None = None, trivial: bool | No
     """
     word = record["verdict"] if verdict is None else verdict
     trivial = bool(record.get("trivial")) if trivial is None else trivial
-    kind = KINDS.get(word, Kind("·", f"Verdict: {word}.", _OPEN))
-    css = word if word in KINDS else "unknown"
+    kind, css = kind_of(word)
     small = trivial and word not in ("null", "deterministic") and record["direction"] != "equal"
     return {"word": word, "css": css, "sign": kind.sign, "meaning": kind.meaning, "group": kind.group, "trivial": small}
 

@@ -18,7 +18,7 @@ from typing import Any
 from perturbed.core import registry
 from perturbed.errors import PerturbedError
 from perturbed.feed import store
-from perturbed.feed.database import Database
+from perturbed.feed.database import Database, put_setting, setting
 from perturbed.feed.papers import Paper
 
 FILE = Path(__file__).with_name("catalogue.json")
@@ -97,7 +97,7 @@ def seed(database: Database, now: float) -> int:
         How many papers are new or were changed.
     """
     stamp = _stamp()
-    if _seeded(database) == stamp:
+    if setting(database.read(), _STAMP) == stamp:
         return 0
     moved = 0
     with database.write() as connection:
@@ -115,7 +115,7 @@ def seed(database: Database, now: float) -> int:
                 now=now,
             )
             moved += enrolled or change.kind != "same"
-        connection.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (_STAMP, stamp))
+        put_setting(connection, _STAMP, stamp)
     return moved
 
 
@@ -155,11 +155,6 @@ def _paper(known: Item) -> Paper:
         author_count=known.author_count,
         published=known.published,
     )
-
-
-def _seeded(database: Database) -> str | None:
-    row = database.read().execute("SELECT value FROM setting WHERE name = ?", (_STAMP,)).fetchone()
-    return row[0] if row else None
 
 
 def _stamp() -> str:

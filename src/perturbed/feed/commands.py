@@ -33,12 +33,18 @@ LOCAL = "http://127.0.0.1:8000"
 
 def opened(where: Path | None) -> Database:
     """The feed's database with the catalogue and the newest verdicts in it."""
+    from perturbed.feed.database import Database
+
+    return filled(Database(where))
+
+
+def filled(database: Database) -> Database:
+    """The same database with the catalogue and the newest verdicts in it."""
     import sqlite3
 
     from perturbed.feed import catalogue, evidence
-    from perturbed.feed.database import Database, DatabaseError, damaged
+    from perturbed.feed.database import DatabaseError, damaged
 
-    database = Database(where)
     try:
         catalogue.seed(database, time.time())
         evidence.sync(database, time.time())
@@ -195,10 +201,11 @@ def export(
     unread: list[int] | None = None
     try:
         # Before anything is written to it: a damaged file is to be read, not changed.
-        checked = Database(path).read().execute("PRAGMA quick_check(1)").fetchone()[0]
+        store = Database(path)
+        checked = store.read().execute("PRAGMA quick_check(1)").fetchone()[0]
         if checked != "ok":
             raise DatabaseError(f"{path}: damaged ({checked})")
-        connection = opened(path).read()
+        connection = filled(store).read()
     except (DatabaseError, sqlite3.DatabaseError) as e:
         connection, unread = exporting.salvage(path), []
         print(f"perturbed: warning: {e}; exporting what can be read", file=sys.stderr)
@@ -266,17 +273,18 @@ def digest(
     from perturbed.feed import mail, sandbox
 
     sandbox.keep_to_oneself()  # the environment may hold the password of the mail server
-    day = day_of("--on", on) or datetime.now(UTC).date() - timedelta(days=1 if span(every) == "day" else 7)
+    often = span(every)
+    day = day_of("--on", on) or datetime.now(UTC).date() - timedelta(days=1 if often == "day" else 7)
     store, now = opened(database), time.time()
     if dry_run:
-        made = digests.preview(store, span(every), day, now, base=public_url, folder=out)
+        made = digests.preview(store, often, day, now, base=public_url, folder=out)
         if not made:
-            issue = digests.issue_of(span(every), day)[0]
+            issue = digests.issue_of(often, day)[0]
             print(f"digest {issue}: nothing to send to those who confirmed, or it was sent already", file=sys.stderr)
         for path in made:
             print(path)
         return
-    print("\n".join(digests.send(store, span(every), day, now, to=mail.needed(), base=public_url).lines()))
+    print("\n".join(digests.send(store, often, day, now, to=mail.needed(), base=public_url).lines()))
 
 
 def span(every: str) -> Literal["day", "week"]:

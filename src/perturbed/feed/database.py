@@ -91,6 +91,17 @@ class Database:
             del self._own.connection
 
 
+def setting(connection: sqlite3.Connection, name: str) -> str | None:
+    """What was last put under a name, or None."""
+    row = connection.execute("SELECT value FROM setting WHERE name = ?", (name,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def put_setting(connection: sqlite3.Connection, name: str, value: str) -> None:
+    """Keep a value under a name; call it inside a transaction."""
+    connection.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (name, value))
+
+
 def damaged(path: Path, error: Exception) -> str:
     """What to say of a file that SQLite cannot use."""
     return (

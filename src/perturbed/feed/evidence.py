@@ -25,7 +25,7 @@ from perturbed.evidence import figures, ledger
 from perturbed.evidence.ledger import LedgerError, Record
 from perturbed.evidence.verdict import VERDICT_VERSION, unspecific
 from perturbed.feed.catalogue import catalogue
-from perturbed.feed.database import Database
+from perturbed.feed.database import Database, put_setting, setting
 from perturbed.home import home
 
 SCALE = "laptop"  # the scale that every study has been registered at; a paper's verdict is that of this scale
@@ -292,8 +292,7 @@ def sync(database: Database, now: float) -> int:
         How many findings are new.
     """
     stamps = {known.slug: [list(part) for part in _stamp(known.slug)] for known in catalogue()}
-    row = database.read().execute("SELECT value FROM setting WHERE name = ?", (_STAMPS,)).fetchone()
-    copied: dict[str, Any] = json.loads(row[0]) if row else {}
+    copied: dict[str, Any] = json.loads(setting(database.read(), _STAMPS) or "{}")
     changed = [slug for slug in stamps if stamps[slug] != copied.get(slug, [])]
     if not changed:
         return 0
@@ -315,7 +314,7 @@ def sync(database: Database, now: float) -> int:
                     "UPDATE paper SET verdict = ?, changed = ? WHERE id = ?", (verdict, now, paper["id"])
                 )
             copied[slug] = stamps[slug]
-        connection.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (_STAMPS, json.dumps(copied)))
+        put_setting(connection, _STAMPS, json.dumps(copied))
     return count
 
 

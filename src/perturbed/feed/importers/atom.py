@@ -5,8 +5,8 @@ from __future__ import annotations
 from xml.etree.ElementTree import Element
 
 from perturbed.feed.importers import markup
-from perturbed.feed.importers.reading import FormatError, Read, Unread, day_of, title_in
-from perturbed.feed.papers import Paper, arxiv_id
+from perturbed.feed.importers.reading import FormatError, Read, Unread, day_of, identifier_in, title_in
+from perturbed.feed.papers import Paper
 
 _ATOM = "{http://www.w3.org/2005/Atom}"
 _ARXIV = "{http://arxiv.org/schemas/atom}"
@@ -45,16 +45,14 @@ def _refuse_error(entry: Element) -> None:
 
 def _paper(entry: Element) -> Paper:
     title = title_in(markup.text(entry.find(f"{_ATOM}title")))
-    found = arxiv_id(entry.findtext(f"{_ATOM}id") or "")
-    if found is None:
-        raise ValueError("no arXiv identifier")
+    arxiv = identifier_in(entry.findtext(f"{_ATOM}id"))
     people = tuple(name for a in entry.findall(f"{_ATOM}author") if (name := markup.text(a.find(f"{_ATOM}name"))))
     published = day_of(entry.findtext(f"{_ATOM}published"))
     updated = day_of(entry.findtext(f"{_ATOM}updated"))
     return Paper(
         title=title,
         source="arxiv",
-        arxiv=found[0],
+        arxiv=arxiv,
         abstract=markup.text(entry.find(f"{_ATOM}summary")),
         authors=people,
         author_count=len(people) or None,

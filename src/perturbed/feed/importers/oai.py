@@ -12,8 +12,8 @@ from email.utils import parsedate_to_datetime
 from xml.etree.ElementTree import Element
 
 from perturbed.feed.importers import markup
-from perturbed.feed.importers.reading import FormatError, Read, Unread, day_of, title_in
-from perturbed.feed.papers import Paper, arxiv_id
+from perturbed.feed.importers.reading import FormatError, Read, Unread, day_of, identifier_in, title_in
+from perturbed.feed.papers import Paper
 
 _OAI = "{http://www.openarchives.org/OAI/2.0/}"
 _PLAIN = "{http://arxiv.org/OAI/arXiv/}"
@@ -67,19 +67,17 @@ def _paper(record: Element) -> Paper:
 
 def _told(told: Element, space: str) -> Paper:
     title = title_in(markup.text(told.find(f"{space}title")))
-    found = arxiv_id(told.findtext(f"{space}id") or "")
-    if found is None:
-        raise ValueError("no arXiv identifier")
+    arxiv = identifier_in(told.findtext(f"{space}id"))
     if space == _RAW:
         people = _names(markup.text(told.find(f"{space}authors")) or "")
         published, updated = _versions(told)
     else:
         people = tuple(n for a in told.findall(f"{space}authors/{space}author") if (n := _person(a)))
-        published, updated = _days(told, found[0])
+        published, updated = _days(told, arxiv)
     return Paper(
         title=title,
         source="oai",
-        arxiv=found[0],
+        arxiv=arxiv,
         abstract=markup.text(told.find(f"{space}abstract")),
         authors=people,
         author_count=len(people) or None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 
 from perturbed.errors import PerturbedError
-from perturbed.feed.papers import Paper, clean, title_key
+from perturbed.feed.papers import Paper, arxiv_id, clean, title_key
 
 _SHOWN = 120  # characters of a line that a report repeats
 _MOST_AUTHORS = 10_000  # the most that a paper has had are half as many
@@ -95,6 +95,18 @@ def title_in(text: object) -> str:
     if not title_key(title):
         raise ValueError("no title")
     return title
+
+
+def identifier_in(text: str | None) -> str:
+    """The arXiv identifier in a text, without its version.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = arxiv_id(text or "")
+    if found is None:
+        raise ValueError("no arXiv identifier")
+    return found[0]
 
 
 def day_of(moment: str | None) -> date | None:

@@ -8,8 +8,8 @@ from email.utils import parsedate_to_datetime
 from xml.etree.ElementTree import Element
 
 from perturbed.feed.importers import markup
-from perturbed.feed.importers.reading import Read, Unread, title_in
-from perturbed.feed.papers import Paper, arxiv_id
+from perturbed.feed.importers.reading import Read, Unread, identifier_in, title_in
+from perturbed.feed.papers import Paper
 
 _ARXIV = "{http://arxiv.org/schemas/atom}"
 _DUBLIN = "{http://purl.org/dc/elements/1.1/}"
@@ -38,9 +38,7 @@ def read(data: str | bytes) -> Read:
 
 def _paper(item: Element) -> Paper:
     title = title_in(markup.text(item.find("title")))
-    found = arxiv_id(item.findtext("guid") or "") or arxiv_id(item.findtext("link") or "")
-    if found is None:
-        raise ValueError("no arXiv identifier")
+    arxiv = identifier_in(f"{item.findtext('guid') or ''} {item.findtext('link') or ''}")
     told = markup.text(item.find("description")) or ""
     kind = markup.text(item.find(f"{_ARXIV}announce_type")) or _group(r"Announce Type:\s*(\S+)", told) or "new"
     creators = markup.text(item.find(f"{_DUBLIN}creator")) or ""
@@ -49,7 +47,7 @@ def _paper(item: Element) -> Paper:
     return Paper(
         title=title,
         source="rss",
-        arxiv=found[0],
+        arxiv=arxiv,
         abstract=_group(r"Abstract:\s*(.+)", told),
         authors=people,
         author_count=len(people) or None,

@@ -16,9 +16,9 @@ from starlette.responses import RedirectResponse, Response
 
 from perturbed.evidence.report import KINDS
 from perturbed.feed import catalogue, evidence, export, ranking, search, store
-from perturbed.feed.papers import SITES
+from perturbed.feed.papers import SITES, paper_path
 from perturbed.feed.store import Entry
-from perturbed.feed.web.pages import CUT, clipped, page, segment, unchanged
+from perturbed.feed.web.pages import CUT, clipped, page, unchanged
 from perturbed.feed.web.security import FIGURE_POLICY, SEARCHES, is_owner, limit
 from perturbed.feed.web.state import Feed, feed_of
 
@@ -37,6 +37,7 @@ ROOMS = {
     "inference": "How answers are drawn from a finished model: guidance, ensembles, purification.",
     "measures": "How it is judged: certified bounds, attacks, memorisation, forgetting.",
 }
+VOTER = "owner"  # there is one
 _SOURCES = {"arxiv": "arXiv", "oai": "arXiv", "rss": "arXiv", "hub": "the hub", "page": "the saved page"}
 Number = Annotated[int, Query(alias="page", ge=1, le=100_000)]
 
@@ -356,9 +357,9 @@ def paper(request: Request, key: str) -> Response:
     connection = feed.database.read()
     entry = found_paper(request, key)
     if entry.key != key:
-        return RedirectResponse(f"/papers/{segment(entry.key)}", 302)
+        return RedirectResponse(paper_path(entry.key), 302)
     fields = feed.runs.fields(entry.slug) if entry.slug and entry.has_method else []
-    voted = connection.execute("SELECT 1 FROM vote WHERE paper = ? AND voter = 'owner'", (entry.id,)).fetchone()
+    voted = connection.execute("SELECT 1 FROM vote WHERE paper = ? AND voter = ?", (entry.id, VOTER)).fetchone()
     return page(
         request,
         "paper.html",

@@ -20,9 +20,10 @@ from perturbed.evidence.figures import sparkline
 from perturbed.evidence.report import page_values
 from perturbed.feed import store
 from perturbed.feed.importers.harvest import import_file
+from perturbed.feed.papers import paper_path
 from perturbed.feed.runs import Run, RunError
-from perturbed.feed.web.browse import found_paper
-from perturbed.feed.web.pages import page, segment
+from perturbed.feed.web.browse import VOTER, found_paper
+from perturbed.feed.web.pages import page
 from perturbed.feed.web.security import (
     GETS,
     IMPORT_BODY,
@@ -40,7 +41,6 @@ from perturbed.feed.web.state import Feed, feed_of
 
 router = APIRouter()
 OWNER = [Depends(owner)]
-VOTER = "owner"  # there is one
 _HERE = re.compile(r"/(?![/\\])[^\s\\]*")
 
 
@@ -106,7 +106,7 @@ def vote(request: Request, key: str, undo: Annotated[str, Form()] = "", back: An
             store.vote(connection, entry.id, VOTER, feed.clock())
     if "application/json" in request.headers.get("accept", ""):
         return JSONResponse({"voted": not undo})
-    return RedirectResponse(back if _HERE.fullmatch(back) else f"/papers/{segment(entry.key)}", 303)
+    return RedirectResponse(back if _HERE.fullmatch(back) else paper_path(entry.key), 303)
 
 
 @router.post("/papers/{key:path}/comments", dependencies=OWNER)
@@ -118,7 +118,7 @@ def comment(request: Request, key: str, body: Annotated[str, Form(max_length=500
             store.comment(connection, entry.id, VOTER, body, feed.clock())
     except ValueError as e:
         raise Refused(400, "An empty comment", "Write something, then send it again.") from e
-    return RedirectResponse(f"/papers/{segment(entry.key)}#comments", 303)
+    return RedirectResponse(f"{paper_path(entry.key)}#comments", 303)
 
 
 # --- runs --------------------------------------------------------------------------------------------------------

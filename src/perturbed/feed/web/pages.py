@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from perturbed.evidence.figures import palette_css
-from perturbed.evidence.report import KINDS, STYLE
+from perturbed.evidence.report import STYLE, kind_of
 from perturbed.feed.web.security import Refused, csrf_token, is_owner
 from perturbed.feed.web.state import feed_of
 
@@ -143,10 +143,8 @@ def unbroken(text: str) -> str:
 
 def kind(verdict: str) -> dict[str, str]:
     """How a verdict is shown: its sign, its class in the style, and what it means."""
-    known = KINDS.get(verdict)
-    if known is None:  # of a later version
-        return {"sign": "·", "css": "unknown", "meaning": f"Verdict: {verdict}."}
-    return {"sign": known.sign, "css": verdict, "meaning": known.meaning}
+    known, css = kind_of(verdict)
+    return {"sign": known.sign, "css": css, "meaning": known.meaning}
 
 
 def attributes(svg: str) -> Markup:
