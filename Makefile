@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs readme
+.PHONY: demo test check docs readme picture
 
 .venv: .venv/installed
 
@@ -29,3 +29,6 @@ check: .venv
 
 readme: .venv
 	$(BIN)/python docs/readme.py
+
+picture: .venv
+	$(BIN)/python docs/picture.py
