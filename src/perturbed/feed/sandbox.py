@@ -194,7 +194,7 @@ class Child:
             end = time.monotonic() + patience
             while self.returncode is None and time.monotonic() < end:
                 lines += self.listen(0.1)
-        self._sweep()
+        lines += self.last_words()  # it may have ended between its last line and the look whether it had
         self._process.wait()
         return lines
 
