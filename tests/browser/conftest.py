@@ -12,7 +12,7 @@ from email import message_from_bytes, policy
 from pathlib import Path
 
 import pytest
-from aiosmtpd.controller import Controller
+from mail_server import MailServer
 from playwright.sync_api import sync_playwright
 
 SECONDS = 120  # for what waits for the machine: a model that starts, a study that runs
@@ -95,12 +95,6 @@ class Mails:
         return self.got[number].get_body(("plain",)).get_content()
 
 
-class _AnyPort(Controller):
-    def _trigger_server(self):
-        self.port = self.server.sockets[0].getsockname()[1]
-        super()._trigger_server()
-
-
 class Served:
     """A running server, and what belongs to it."""
 
@@ -121,7 +115,7 @@ class Served:
 def serving(folder: Path):
     """`perturbed serve` in a home of its own, with a mail server on loopback."""
     mails = Mails()
-    controller = _AnyPort(mails, hostname="127.0.0.1", port=0)
+    controller = MailServer(mails)
     controller.start()
     environment = {
         **os.environ,

@@ -11,8 +11,8 @@ from email.headerregistry import Address
 from email.message import EmailMessage
 from pathlib import Path
 
-from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
+from mail_server import MailServer
 
 from perturbed.feed import store, subscriptions
 from perturbed.feed.database import Database
@@ -24,14 +24,6 @@ NOW = datetime(2025, 11, 17, 18, 0, tzinfo=UTC).timestamp()
 DAY = date(2025, 11, 17)
 HOUR = 3600.0
 BASE = "https://papers.example.org"
-
-
-class AnyPort(Controller):
-    """On a port that the system chooses."""
-
-    def _trigger_server(self):
-        self.port = self.server.sockets[0].getsockname()[1]
-        super()._trigger_server()
 
 
 class Catcher:
@@ -65,10 +57,8 @@ class Catcher:
 
     @contextmanager
     def __call__(self):
-        controller = AnyPort(
+        controller = MailServer(
             self,
-            hostname="127.0.0.1",
-            port=0,
             tls_context=self.tls,
             authenticator=self.login if self.require_auth else None,
             auth_require_tls=False,

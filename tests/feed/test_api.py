@@ -74,7 +74,19 @@ def test_papers_by_day(app):
         offset += 40
     assert len({paper["key"] for paper in everything}) == 90
     assert client.get("/api/papers?limit=101").status_code == 422
-    assert client.get("/api/papers?first=yesterday").status_code == 422
+
+
+@pytest.mark.parametrize(
+    "told", ["yesterday", "0.0", "1763337600", "20251117", "2025-11-17T00:00:00", "2025-11-31", ""]
+)
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_a_day_is_written_in_one_way(app, name, told):
+    assert visitor(app).get("/api/papers", params={name: told}).status_code == 422
+
+
+@pytest.mark.parametrize("told", ["5.0", "+5", " 5", "1_0", "05", "٥", "0", "101", "-1", "1e1", ""])
+def test_a_number_is_written_in_one_way(app, told):
+    assert visitor(app).get("/api/papers", params={"limit": told}).status_code == 422
 
 
 def test_a_paper_has_the_fields_of_the_export(app):

@@ -515,7 +515,7 @@ def test_killed_in_the_middle_nobody_gets_two_and_nobody_is_forgotten(database, 
 
             if address == addresses[1] and not go_on.is_set():
                 there.set()
-                await asyncio.to_thread(go_on.wait, 30)
+                await asyncio.to_thread(go_on.wait, 120)
 
         async def handle_RCPT(self, server, session, envelope, address, options):
             if moment == "before the message":
@@ -531,11 +531,11 @@ def test_killed_in_the_middle_nobody_gets_two_and_nobody_is_forgotten(database, 
     with Slow()() as catcher:
         child = subprocess.Popen([sys.executable, "-c", RUN, database.path, str(catcher.port), str(NOW), BASE])
         try:
-            assert there.wait(30)
+            assert there.wait(120)
             child.send_signal(signal.SIGKILL)
         finally:
             child.kill()
-            child.wait(10)
+            child.wait(60)
             go_on.set()
         report = deliver(database, catcher, now=NOW + 60)
         again = deliver(database, catcher, now=NOW + 120)

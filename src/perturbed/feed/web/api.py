@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from fastapi import Path as InPath
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -98,15 +99,30 @@ _MISSING: dict[int | str, dict[str, Any]] = {404: {"model": Trouble, "descriptio
 _UNFIT: dict[int | str, dict[str, Any]] = {422: {"model": Trouble, "description": "A parameter was not understood"}}
 
 router = APIRouter(prefix="/api", tags=["papers"], responses={**_TROUBLES, **_UNFIT})
-Limit = Annotated[int, Query(ge=1, le=100)]
-Offset = Annotated[int, Query(ge=0, le=10_000_000)]
+
+
+def _as(form: str, example: str) -> BeforeValidator:
+    """Text of one form only: left to itself pydantic takes ``0.0`` for a day and ``+1_0`` for a number."""
+
+    def checked(told: Any) -> Any:
+        if isinstance(told, str) and not re.fullmatch(form, told):
+            raise ValueError(f"write it as {example}")
+        return told
+
+    return BeforeValidator(checked)
+
+
+Number = Annotated[int, _as("0|-?[1-9][0-9]*", "50")]
+Day = Annotated[date, _as("[0-9]{4}-[0-9]{2}-[0-9]{2}", "2025-11-17")]
+Limit = Annotated[Number, Query(ge=1, le=100)]
+Offset = Annotated[Number, Query(ge=0, le=10_000_000)]
 
 
 @router.get("/papers", response_model=Papers)
 def papers(
     request: Request,
-    first: Annotated[date | None, Query(description="Listed or published on this day or later")] = None,
-    last: Annotated[date | None, Query(description="On this day or earlier")] = None,
+    first: Annotated[Day | None, Query(description="Listed or published on this day or later")] = None,
+    last: Annotated[Day | None, Query(description="On this day or earlier")] = None,
     limit: Limit = 50,
     offset: Offset = 0,
 ) -> Response:
