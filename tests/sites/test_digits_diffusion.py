@@ -7,10 +7,10 @@ from perturbed.core.plan import apply
 from perturbed.core.run import Engine, threads
 from perturbed.core.store import Store
 from perturbed.errors import PlanError
-from perturbed.inference.guidance import ClassifierFree, PerturbedAttention
+from perturbed.inference.guidance import ClassifierFree, Labels, PerturbedAttention
 from perturbed.measures.generation import confidence, judge_of
 from perturbed.objectives.diffusion import denoise
-from perturbed.plans.digits_diffusion import BUILDERS, DigitsDiffusion, dit, unet
+from perturbed.plans.digits_diffusion import BUILDERS, DigitsDiffusion, OtherNetwork, dit, unet
 
 LAYER = {"unet": "mid_block.attentions.*", "dit": "transformer_blocks.1.attn1"}
 FEW = {"width": 8, "batch": 16, "steps": 6, "held_out": 60, "samples": 20, "sampling_steps": 2, "judge_steps": 21}
@@ -54,7 +54,7 @@ def test_the_same_plan_and_guidance_run_on_either_network(model):
     guided = run(apply(plan, [PerturbedAttention(3.0, LAYER[model])]))
     off = run(apply(plan, [PerturbedAttention(0.0, LAYER[model])]))
     nothing = run(apply(plan, [PerturbedAttention(3.0, LAYER[model], strength=0.0)]))
-    assert {"precision", "recall", "coverage", "frechet", "confidence", "spread"} == set(control.scores)
+    assert {"precision", "recall", "coverage", "frechet", "confidence", "spread", "rightness"} == set(control.scores)
     assert off.scores == nothing.scores == control.scores
     assert guided.weights == control.weights
     assert guided.scores["frechet"] != control.scores["frechet"]
@@ -63,10 +63,27 @@ def test_the_same_plan_and_guidance_run_on_either_network(model):
 def test_labels_are_told_and_guided_by_where_asked():
     plan = DigitsDiffusion(labelled=True, **FEW)()
     control, guided = run(plan), run(apply(plan, [ClassifierFree(4.0)]))
-    assert 0 <= control.scores["rightness"] <= 1
     assert guided.scores["frechet"] != control.scores["frechet"]
     unlabelled = DigitsDiffusion(**FEW)()
     assert run(apply(unlabelled, [ClassifierFree(4.0)])).scores["frechet"] == run(unlabelled).scores["frechet"]
+    told = run(apply(unlabelled, [Labels()]))
+    assert (told.scores, told.weights) == (control.scores, control.weights)
+    assert run(unlabelled).scores["frechet"] != control.scores["frechet"]
+    assert run(apply(plan, [Labels(told=False)])).scores == run(unlabelled).scores
+
+
+def test_another_network_is_that_of_the_plan_made_with_it():
+    plan, other = DigitsDiffusion(**FEW)(), DigitsDiffusion(model="dit", **FEW)()
+    for order in ([OtherNetwork(), Labels(told=False)], [Labels(told=False), OtherNetwork()]):
+        changed = apply(plan, order)
+        assert changed.replace(applied=()) == other
+        assert Engine(changed, 0, Store(None)).all_keys() == Engine(other, 0, Store(None)).all_keys()
+    assert apply(other, [OtherNetwork(model="unet")]).build == plan.build
+    assert run(apply(plan, [OtherNetwork()])).scores == run(other).scores
+    with pytest.raises(PlanError, match=r"OtherNetwork: no model 'ditt'.*dit"):
+        OtherNetwork(model="ditt")
+    with pytest.raises(PlanError, match="knows the networks of digits-diffusion, and plan 'digits-diffusion' builds"):
+        apply(plan.replace(build=unet), [OtherNetwork()])
 
 
 def test_it_learns():

@@ -12,6 +12,7 @@ from perturbed.core.run import Engine, threads
 from perturbed.core.store import Store
 from perturbed.errors import PlanError
 from perturbed.inference.diffusion import DDIM
+from perturbed.inference.guidance import Unlabelled
 from perturbed.measures.generation import (
     Generation,
     class_spread,
@@ -130,9 +131,9 @@ def made():
     return judge
 
 
-def drawn(plan, number, labelled, chunk=500):
+def drawn(plan, number, chunk=500):
     with Engine(plan, 0, Store(None)).finished("pretrain") as run:
-        return sampled(run, number, DDIM(2), labelled=labelled, chunk=chunk)
+        return sampled(run, number, DDIM(2), chunk=chunk)
 
 
 @dataclass(frozen=True)
@@ -149,42 +150,45 @@ def small(**more):
 
 
 def test_samples_are_in_range_and_begin_alike_whatever_the_chunks_and_arms():
-    plan = small()
-    (images, classes), (parts, _), (told, _) = (drawn(plan, 23, *how) for how in ((False,), (False, 5), (True,)))
+    plan, telling = small(), small(labelled=True)
+    (images, classes), (parts, _), (told, same) = (drawn(*how) for how in ((plan, 23), (plan, 23, 5), (telling, 23)))
     assert images.shape == (23, 1, 8, 8)
     assert 0 <= images.min() < images.max() <= 1
-    assert classes.tolist() == [i % 10 for i in range(23)]
+    assert classes.tolist() == same.tolist() == [i % 10 for i in range(23)]
     assert torch.allclose(images, parts, atol=1e-5)
     assert not torch.allclose(images, told, atol=1e-3)
-    still, _ = drawn(plan.replace(predict=Echo()), 23, False)
-    assert torch.equal(still, drawn(plan.replace(predict=Echo()), 23, True)[0]), "the same noise with labels"
+    still, _ = drawn(plan.replace(predict=Echo()), 23)
+    assert torch.equal(still, drawn(plan.replace(predict=Unlabelled(Echo())), 23)[0]), "the same noise with labels"
 
 
-def test_labels_are_told_only_where_asked():
-    for labelled, expected in ((False, [10] * 12), (True, [i % 10 for i in range(12)])):
-        plan = small().replace(predict=Echo())
+def test_labels_are_told_only_where_asked_and_each_chunk_its_own():
+    turns = [i % 10 for i in range(12)]
+    for predict, chunk, expected in (
+        (Unlabelled(Echo()), 500, [[10] * 12] * 2),
+        (Echo(), 500, [turns] * 2),
+        (Echo(), 7, [turns[:7]] * 2 + [turns[7:]] * 2),
+    ):
+        plan = small().replace(predict=predict)
         with Engine(plan, 0, Store(None)).finished("pretrain") as run:
-            sampled(run, 12, DDIM(2), labelled=labelled)
-            assert run.artifacts["labels"] == [expected, expected]
+            sampled(run, 12, DDIM(2), chunk=chunk)
+            assert run.artifacts["labels"] == expected
 
 
-def test_the_measure_is_its_parts():
-    plan = small()
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_measure_is_its_parts(labelled):
+    plan = small(labelled=labelled)
     plan = plan.replace(facts=replace(plan.facts, more={**plan.facts.more, "judge": made}))
     with Engine(plan, 0, Store(None)).finished("pretrain") as run:
         scores = Generation(24, DDIM(2), k=2, suffix="_few")(run)
-        images, _ = sampled(run, 24, DDIM(2), labelled=False)
-        labelled = Generation(24, DDIM(2), labelled=True)(run)
-        told, classes = sampled(run, 24, DDIM(2), labelled=True)
+        images, classes = sampled(run, 24, DDIM(2))
     features, logits = judge(images)
     real = judge(plan.facts.get("held_out")()["pixels"])[0]
     expected = precision_recall(real, features, 2) | {
         "frechet": frechet_distance(real, features), "confidence": confidence(logits),
         "spread": class_spread(features, logits.argmax(-1)),
+        "rightness": sum(int(row.argmax()) == int(c) for row, c in zip(logits, classes, strict=True)) / 24,
     }  # fmt: skip
     assert scores == pytest.approx({f"{name}_few": value for name, value in expected.items()}, rel=1e-5)
-    assert labelled["rightness"] == pytest.approx(float((judge(told)[1].argmax(-1) == classes).float().mean()))
-    assert "rightness" not in scores
 
 
 def test_without_a_judge_the_fact_is_named():

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import runpy
 import sys
 from pathlib import Path
@@ -25,8 +26,10 @@ from perturbed.features.attention import edited_attention, identity_map, matchin
 from perturbed.inference.guidance import (
     ClassifierFree,
     Guided,
+    Labels,
     PerturbedAttention,
     Prefix,
+    Unlabelled,
     combine,
     guide,
     perturbed_attention,
@@ -84,6 +87,13 @@ def spoilt(model, given, where):
 
 def predict(model, given, *away):
     return Guided(predict_noise, away)(model, given, context(model))
+
+
+def bare_plan(predict):
+    return Plan(
+        build=lambda ctx: unet(), stages=(Stage(name="none"),), predict=predict, measures=(),
+        facts=Facts(modality="diffusion", target="noise", output="noise", classes=10),
+    )  # fmt: skip
 
 
 def test_combine_follows_the_difference_from_the_base():
@@ -228,18 +238,66 @@ def test_a_neighbour_s_difference_has_the_same_size_in_another_place():
     assert not torch.allclose(other, own, atol=1e-4)
 
 
-def test_both_guidances_add_up_from_the_labelled_prediction():
+def free_and_perturbed(model, given, w, s, where):
+    """Item 4 of the paper's method, written out: both differences begin at the labelled prediction."""
+    labelled, spoilt_ = plain(model, given), spoilt(model, given, where)
+    unlabelled = plain(model, {**given, LABELS: torch.full((len(given[LABELS]),), 10)})
+    return unlabelled + w * (labelled - unlabelled) + s * (labelled - spoilt_)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_composes_both_guidances_and_labels_to_the_formula_in_every_order(name):
+    make, where = MODELS[name]
+    model, given, (w, s) = make(), batch(), (2.0, 1.5)
+    plan = bare_plan(Unlabelled(predict_noise))
+    expected = free_and_perturbed(model, given, w, s, where)
+    for order in itertools.permutations([Labels(), ClassifierFree(w), PerturbedAttention(s, where)]):
+        found = apply(plan, order).predict(model, given, context(model))
+        assert torch.allclose(found, expected, atol=1e-5), order
+    from_labelled = expected + plain(model, given) - plain(model, {**given, LABELS: torch.full((4,), 10)})
+    assert not torch.allclose(expected, from_labelled, atol=1e-3), "w is counted from the unlabelled prediction"
+    untold = apply(plan, [ClassifierFree(w), PerturbedAttention(s, where)]).predict(model, given, context(model))
+    without = {**given, LABELS: torch.full((4,), 10)}
+    assert torch.allclose(untold, free_and_perturbed(model, without, w, s, where), atol=1e-5)
+    assert not torch.allclose(untold, expected, atol=1e-3), "without labels nothing but the spoilt maps is followed"
+    nested = Guided(Guided(predict_noise, (ClassifierFree(w),)), (PerturbedAttention(s, where),))
+    wrong = nested(model, given, context(model))
+    assert not torch.allclose(wrong, expected, atol=1e-3), "guidance of a guided prediction is another formula"
+
+
+def test_both_guidances_cost_three_passes_of_which_the_last_begins_at_the_changed_layer():
     model, given = seeded(labelled_unet, 8), batch()
-    labelled, spoilt_ = plain(model, given), spoilt(model, given, MID)
-    unlabelled = plain(model, {**given, LABELS: torch.full((4,), 10)})
-    w, s = 3.0, 1.5
-    expected = unlabelled + w * (labelled - unlabelled) + s * (labelled - spoilt_)
-    both = predict(model, given, ClassifierFree(w), PerturbedAttention(s))
-    assert torch.allclose(both, expected, atol=1e-5)
-    assert torch.allclose(predict(model, given, PerturbedAttention(s), ClassifierFree(w)), expected, atol=1e-5)
-    assert torch.equal(predict(model, given, ClassifierFree(1.0)), labelled)
-    wrong = labelled + w * (labelled - unlabelled) + s * (labelled - spoilt_)
-    assert not torch.allclose(both, wrong, atol=1e-3)
+    away = ClassifierFree(2.0), PerturbedAttention(1.5)
+    found, _ = calls(model, lambda: predict(model, given, *away))
+    once, _ = calls(model, lambda: plain(model, given))
+    assert found["conv_in"] == 2 * once["conv_in"]
+    assert found["conv_out"] == 3 * once["conv_out"]
+
+
+def test_labels_are_told_or_kept_beneath_the_guidance_whichever_came_first():
+    away = (PerturbedAttention(1.0),)
+    open_, closed = bare_plan(predict_noise), bare_plan(Unlabelled(predict_noise))
+    for plan in (open_, closed):
+        assert apply(plan, [Labels()]).predict is predict_noise
+        assert apply(plan, [Labels(told=False)]).predict == Unlabelled(predict_noise)
+        for order in ([Labels(), *away], [*away, Labels()]):
+            assert apply(plan, order).predict == Guided(predict_noise, away)
+        for order in ([Labels(told=False), *away], [*away, Labels(told=False)]):
+            assert apply(plan, order).predict == Guided(Unlabelled(predict_noise), away)
+    model, given = seeded(labelled_unet, 8), batch()
+    seen = closed.predict(model, given, context(model))
+    assert torch.equal(seen, plain(model, {**given, LABELS: torch.full((4,), 10)}))
+    assert not torch.allclose(seen, plain(model, given), atol=1e-3)
+
+
+def test_guidance_without_a_classifier_moves_a_labelled_prediction_by_its_weight():
+    model, given = seeded(labelled_unet, 8), batch()
+    off, tiny, strong = (
+        predict(model, given, ClassifierFree(**fields))
+        for fields in (ClassifierFree.OFF, ClassifierFree.TINY, ClassifierFree.STRONG)
+    )
+    assert torch.equal(off, plain(model, given))
+    assert 0 < (tiny - off).norm() < (strong - off).norm()
 
 
 def test_two_layers_may_be_guided_away_from_one_by_one():
@@ -254,10 +312,7 @@ def test_two_layers_may_be_guided_away_from_one_by_one():
 
 
 def test_plans_gather_guidance_in_one_slot_and_state_what_they_lack():
-    plan = Plan(
-        build=lambda ctx: unet(), stages=(Stage(name="none"),), predict=predict_noise, measures=(),
-        facts=Facts(modality="diffusion", target="noise", output="noise", classes=10),
-    )  # fmt: skip
+    plan = bare_plan(predict_noise)
     held = apply(plan, [PerturbedAttention(1.0), ClassifierFree(2.0)]).predict
     assert held == Guided(predict_noise, (PerturbedAttention(1.0), ClassifierFree(2.0)))
     assert plan.predict is predict_noise

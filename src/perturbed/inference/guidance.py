@@ -1,4 +1,7 @@
-"""Guidance: a prediction pushed away from that of a worse predictor, without a second full forward pass."""
+"""Guidance: a prediction pushed away from that of a worse predictor, without a second full forward pass.
+
+Guidance without a classifier follows what labels change, so whether a plan tells them is said here too.
+"""
 
 from __future__ import annotations
 
@@ -313,7 +316,9 @@ class PerturbedAttention:
 class ClassifierFree:
     """Guide away from the prediction without a label (Ho and Salimans 2022).
 
-    In the usual form e_u + weight * (e_c - e_u), that is e_c + (weight - 1) * (e_c - e_u).
+    In the usual form e_u + weight * (e_c - e_u), that is e_c + (weight - 1) * (e_c - e_u). With ``PerturbedAttention``
+    of scale s, in either order, e_u + weight * (e_c - e_u) + s * (e_c - spoiled e_c), three passes (Ahn et al. 2024).
+    Where no label is told, e_c is e_u and it does nothing: ``Labels`` tells them.
 
     Args:
         weight: w; 1 is off.
@@ -326,6 +331,9 @@ class ClassifierFree:
     OFF: ClassVar = {"weight": 1.0}
     TINY: ClassVar = {"weight": 1.001}
     STRONG: ClassVar = {"weight": 6.0}
+    EXEMPT: ClassVar = {
+        "strong": "it does nothing in a plan that tells no label; tests/sites/test_guidance.py tells it"
+    }
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with a guided prediction."""
@@ -342,8 +350,7 @@ class ClassifierFree:
 
     def batch(self, batch: Batch, ctx: Ctx) -> Batch:
         """The batch without labels."""
-        like = next(iter(batch.values()))
-        return {**batch, LABELS: unlabelled(like, ctx.facts)}
+        return without_labels(batch, ctx)
 
     def held(self, model: Module, ctx: Ctx) -> AbstractContextManager[None]:
         """The model as it is."""
@@ -352,3 +359,56 @@ class ClassifierFree:
     def pair(self, good: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
         """The two predictions."""
         return good, bad
+
+
+# --- whether the class is told ----------------------------------------------------------------------------------------
+
+
+def without_labels(batch: Batch, ctx: Ctx) -> Batch:
+    """The batch with labels that stand for no label."""
+    like = next(iter(batch.values()))
+    return {**batch, LABELS: unlabelled(like, ctx.facts)}
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Predict slot: ``inner``, not told the labels of a batch.
+
+    Args:
+        inner: the prediction.
+    """
+
+    inner: PredictFn
+
+    def __call__(self, model: Module, batch: Batch, ctx: Ctx) -> Tensor:
+        """The prediction of ``inner`` without labels."""
+        return self.inner(model, without_labels(batch, ctx), ctx)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Tell the predictor the class that each sample is to be, or keep it from it.
+
+    It acts beneath the plan's guidance, whichever was applied first: ``ClassifierFree`` needs the labels.
+
+    Args:
+        told: whether. A plan that samples without labels (``Unlabelled``) is left as it is by False, any other by True.
+    """
+
+    told: bool = True
+
+    SITES: ClassVar[tuple[Site, ...]] = ("inference",)
+    REQUIRES: ClassVar = {"modality": "diffusion", "output": "noise", "classes": ...}
+    OFF: ClassVar = {"told": False}
+    STRONG: ClassVar = {"told": True}
+
+    def __call__(self, plan: Plan) -> Plan:
+        """The plan with a prediction that reads labels, or does not."""
+        held = plan.predict
+        if isinstance(held, Guided):
+            return plan.replace(predict=replace(held, inner=self._of(held.inner)))
+        return plan.replace(predict=self._of(held))
+
+    def _of(self, predict: PredictFn) -> PredictFn:
+        bare = predict.inner if isinstance(predict, Unlabelled) else predict
+        return bare if self.told else Unlabelled(bare)

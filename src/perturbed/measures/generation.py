@@ -13,7 +13,7 @@ from perturbed.core.run import Run
 from perturbed.errors import PlanError
 from perturbed.inference.diffusion import DDIM
 from perturbed.measures.vision import examples
-from perturbed.objectives.diffusion import schedule_of, uncentred, unlabelled
+from perturbed.objectives.diffusion import schedule_of, uncentred
 
 Judge = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From images [B, C, H, W] in the fact ``input_range`` to features [B, D] and logits [B, K]."""
@@ -94,25 +94,24 @@ def judge_of(facts: Facts) -> Judge:
     return found
 
 
-def sampled(run: Run, number: int, sampler: DDIM, *, labelled: bool, chunk: int = 500) -> tuple[Tensor, Tensor]:
-    """Samples [number, C, H, W] in the plan's input range, and the classes [number] that were asked for.
+def sampled(run: Run, number: int, sampler: DDIM, *, chunk: int = 500) -> tuple[Tensor, Tensor]:
+    """Samples [number, C, H, W] in the plan's input range, and the classes [number] that were asked for, each in turn.
 
-    The noise that they begin with, and the classes, are the same for every arm of a seed.
+    The noise that they begin with, and the classes, are the same for every arm of a seed. Whether the model is told the
+    class is for the plan's prediction to decide (``inference.guidance.Labels``).
 
     Args:
         run: of a diffusion plan.
         number: how many.
         sampler: makes them.
-        labelled: tell the model the class, each in turn; else it samples without labels.
         chunk: most samples at a time.
     """
     facts, rng = run.ctx.facts, run.ctx.streams.once("samples begin", every="run")
     real = next(examples(run, "held_out"))[facts.input or ""]
     noise = torch.randn((number, *real.shape[1:]), generator=rng).to(real)
     classes = torch.arange(number, device=real.device) % (facts.classes or 1)
-    labels = classes if labelled else unlabelled(noise, facts)
     parts = [
-        sampler(run.predict, noise[low : low + chunk], labels[low : low + chunk], schedule_of(facts))
+        sampler(run.predict, noise[low : low + chunk], classes[low : low + chunk], schedule_of(facts))
         for low in range(0, number, chunk)
     ]
     return uncentred(torch.cat(parts), facts), classes
@@ -123,20 +122,18 @@ class Generation:
     """Measure: what a classifier of real images says of samples.
 
     Gives ``precision``, ``recall`` and ``coverage`` against the ``held_out`` images, ``frechet`` (the distance of the
-    fitted normal distributions), ``confidence`` and ``spread`` (variance within the classes that the judge sees), and
-    of labelled samples ``rightness``, the share that the judge takes for what was asked.
+    fitted normal distributions), ``confidence``, ``spread`` (diversity: the variance within the classes that the judge
+    sees) and ``rightness``, the share that the judge takes for what was asked (at chance where no label is told).
 
     Args:
         number: samples; below 1,000 the Fréchet distance changes sign with the noise (8x8 digits).
         sampler: makes them.
-        labelled: sample with labels.
         k: neighbour of ``precision_recall``.
         suffix: put after each name.
     """
 
     number: int = 1000
     sampler: DDIM = field(default_factory=DDIM)
-    labelled: bool = False
     k: int = 3
     suffix: str = ""
 
@@ -144,7 +141,7 @@ class Generation:
     def __call__(self, run: Run) -> dict[str, float]:
         """The numbers."""
         judge = judge_of(run.ctx.facts)
-        images, classes = sampled(run, self.number, self.sampler, labelled=self.labelled)
+        images, classes = sampled(run, self.number, self.sampler)
         features, logits = judge(images)
         name = run.ctx.facts.input or ""
         real = torch.cat([judge(batch[name])[0] for batch in examples(run, "held_out")])
@@ -153,7 +150,6 @@ class Generation:
             "frechet": frechet_distance(real, features),
             "confidence": confidence(logits),
             "spread": class_spread(features, logits.argmax(-1)),
+            "rightness": (logits.argmax(-1) == classes).float().mean().item(),
         }
-        if self.labelled:
-            scores["rightness"] = (logits.argmax(-1) == classes).float().mean().item()
         return {f"{name}{self.suffix}": value for name, value in scores.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from perturbed.core.context import Ctx
-from perturbed.core.plan import Facts, Measure, Plan, Stage, check_sizes
+from perturbed.core.plan import Facts, Measure, Plan, Site, Stage, check_sizes
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
 from perturbed.data.arrays import Epochs
 from perturbed.errors import PlanError, nearest
 from perturbed.inference.diffusion import DDIM
+from perturbed.inference.guidance import Unlabelled
 from perturbed.measures.generation import Generation, Judge
 from perturbed.objectives.diffusion import NoiseLoss, NoiseSchedule, predict_noise
 from perturbed.optim.optimisers import AdamW
@@ -66,6 +67,41 @@ def dit(width: int) -> Module:
 
 
 BUILDERS = {"unet": unet, "dit": dit}
+
+
+def _check_network(where: str, model: str) -> None:
+    if model not in BUILDERS:
+        raise PlanError(f"{where}: no model {model!r}: {nearest(model, get_args(Network))}")
+
+
+@dataclass(frozen=True)
+class OtherNetwork:
+    """Train another of the plan's networks, at the same ``width``, on the same data, noise and number of steps.
+
+    Args:
+        model: as for the plan.
+    """
+
+    model: Network = "dit"
+
+    SITES: ClassVar[tuple[Site, ...]] = ("weights",)
+    REQUIRES: ClassVar = {"modality": "diffusion"}
+    OFF: ClassVar = {"model": "unet"}
+    STRONG: ClassVar = {"model": "dit"}
+
+    def __post_init__(self) -> None:
+        _check_network("OtherNetwork", self.model)
+
+    def __call__(self, plan: Plan) -> Plan:
+        """The plan with this network.
+
+        Raises:
+            PlanError: the plan builds a model of another kind.
+        """
+        if not isinstance(plan.build, Build):
+            name = DigitsDiffusion.NAME
+            raise PlanError(f"OtherNetwork knows the networks of {name}, and plan {plan.name!r} builds {plan.build!r}")
+        return plan.replace(build=replace(plan.build, model=self.model))
 
 
 @dataclass(frozen=True)
@@ -139,8 +175,7 @@ class DigitsDiffusion:
     NAME: ClassVar[str] = "digits-diffusion"
 
     def __post_init__(self) -> None:
-        if self.model not in BUILDERS:
-            raise PlanError(f"{self.NAME}: no model {self.model!r}: {nearest(self.model, get_args(Network))}")
+        _check_network(self.NAME, self.model)
         if self.width < 4 or self.width % 4:
             raise PlanError(f"{self.NAME}: width={self.width} must be a multiple of 4")
         check_sizes(self.NAME, self, ("batch", "samples", "sampling_steps", "judge_steps"), ("lr",))
@@ -150,7 +185,7 @@ class DigitsDiffusion:
     def __call__(self) -> Plan:
         """The plan; data are loaded, and the judge is trained, when it runs."""
         train, test = (Split(self.data, self.held_out, part) for part in ("train", "test"))
-        measure = Generation(self.samples, DDIM(self.sampling_steps), self.labelled)
+        measure = Generation(self.samples, DDIM(self.sampling_steps))
         stage = Stage(
             name="pretrain",
             steps=self.steps,
@@ -162,7 +197,7 @@ class DigitsDiffusion:
             name=self.NAME,
             build=Build(self.model, self.width),
             stages=(stage,),
-            predict=predict_noise,
+            predict=predict_noise if self.labelled else Unlabelled(predict_noise),
             measures=(Measure("precision", measure),),
             facts=Facts(
                 modality="diffusion", target="noise", output="noise", classes=CLASSES, input="pixels",
