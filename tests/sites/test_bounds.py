@@ -207,6 +207,20 @@ def test_of_an_affine_network_bounds_are_the_dual_norm() -> None:
         assert torch.allclose(high, net(x) + reach, atol=1e-5)
 
 
+def test_of_products_with_a_fixed_matrix_bounds_are_the_dual_norm() -> None:
+    x, rng = torch.randn(3, 4, generator=generator(3)), generator(4)
+    one, each = torch.randn(4, 5, generator=rng), torch.randn(3, 4, 5, generator=rng)
+    cases: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (lambda z: z @ one, one), (lambda z: (z.unsqueeze(1) @ each).squeeze(1), each),
+        (lambda z: (z.view(3, 1, 1, 4) @ each[:2]).flatten(1), torch.cat([each[0], each[1]], 1)),
+    ]  # fmt: skip
+    for fn, weight in cases:
+        net = Calls(fn)
+        low, high = bounds(trace(net, x), x, Ball(0.3), "crown")
+        assert torch.allclose(low, net(x) - 0.3 * weight.abs().sum(-2), atol=1e-5)
+        assert torch.allclose(high, net(x) + 0.3 * weight.abs().sum(-2), atol=1e-5)
+
+
 def test_the_legal_range_cuts_the_ball() -> None:
     x = torch.tensor([[0.05, 0.5]])
     net = nn.Linear(2, 1, bias=False)

@@ -15,7 +15,16 @@ from perturbed.core.plan import Measure, Plan, apply
 from perturbed.errors import PlanError
 from perturbed.measures.bounds import Ball, CertifiedAccuracy, Propagation, trace
 from perturbed.measures.robustness import Robustness
-from perturbed.objectives.certified import CertifiedLoss, CertifiedTraining, Ease, excesses_of, growing, worst_loss
+from perturbed.measures.sharpness import WeightNoise, loss_bound, moved, trace_moving, weight_balls, weight_noise
+from perturbed.objectives.certified import (
+    CertifiedLoss,
+    CertifiedTraining,
+    Ease,
+    FlatTraining,
+    excesses_of,
+    growing,
+    worst_loss,
+)
 from perturbed.objectives.classification import cross_entropy
 from perturbed.plans.digits import Digits
 
@@ -177,6 +186,83 @@ def test_a_measure_without_its_facts_says_so() -> None:
 def test_impossible_settings_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(PlanError, match="CertifiedTraining"):
         CertifiedTraining(**fields)  # type: ignore[arg-type]
+    if "ease" not in fields:
+        with pytest.raises(PlanError, match="FlatTraining"):
+            FlatTraining(**fields)  # type: ignore[arg-type]
+
+
+def flat_loss(net: nn.Module, eps: float, step: int = 9, share: float = 1.0) -> Tensor:
+    ctx, (x, labels) = ctx_of(), batch()
+    ctx.steps, ctx.step = 10, step
+    rule = FlatTraining(eps=eps, start=0.2, ramp=0.4, share=share)
+    return CertifiedLoss(cross_entropy, rule)(net, {"pixels": x, "labels": labels}, ctx)
+
+
+def test_flat_training_bounds_the_loss_at_all_weights_in_the_grown_balls() -> None:
+    net, (x, labels), eps = network(3), batch(), 0.2
+    own = F.cross_entropy(net(x), labels).item()
+    assert flat_loss(net, eps, step=1).item() == own
+    assert flat_loss(net, 0.0).item() == pytest.approx(own, abs=1e-5)
+    for step in (3, 5, 9):
+        grown, bound = eps * growing(step / 10, 0.2, 0.4), flat_loss(net, eps, step).item()
+        tighter = loss_bound(trace_moving(net, x), x, labels, grown).mean().item()
+        assert own < tighter <= bound + 1e-5
+        graph = trace_moving(net, x)
+        found = Propagation(graph, x, weight_balls(graph, grown), "crown-ibp")
+        assert bound == pytest.approx(worst_loss(found, labels, "separate", 1.0).mean().item(), rel=1e-6)
+        rng = torch.Generator().manual_seed(step)
+        for _ in range(50):
+            with torch.no_grad(), moved(net, weight_noise(net, grown, rng)):
+                assert F.cross_entropy(net(x), labels).item() <= bound
+    whole, half = flat_loss(net, eps).item(), flat_loss(net, eps, share=0.5).item()
+    assert half == pytest.approx((own + whole) / 2, rel=1e-6)
+
+
+def test_the_flat_bound_of_one_layer_in_closed_form() -> None:
+    net, (x, labels), eps = network(1), batch(), 0.1
+    seen = (x.flatten(1).square().sum(1, keepdim=True) + 1).sqrt()
+    reach = eps * math.sqrt(2) * seen * (1 - F.one_hot(labels, 12))
+    assert flat_loss(net, eps).item() == pytest.approx(F.cross_entropy(net(x) + reach, labels).item(), rel=1e-5)
+    both = F.cross_entropy(net(x) + eps * seen * (1 - 2 * F.one_hot(labels, 12)), labels)  # each logit at its own worst
+    assert flat_loss(net, eps).item() < both.item() - 0.1
+
+
+def test_gradients_of_the_flat_bound_are_those_of_differences() -> None:
+    net = network(3).double()
+    x, labels = batch()
+    ctx = ctx_of()
+    ctx.steps, ctx.step = 10, 9
+    loss, data = CertifiedLoss(cross_entropy, FlatTraining(eps=0.1)), {"pixels": x.double(), "labels": labels}
+    loss(net, data, ctx).backward()
+    for p in net.parameters():
+        assert p.grad is not None
+        at, values = p.grad.abs().flatten().argmax(), []
+        with torch.no_grad():
+            for step in (1e-6, -2e-6):
+                p.view(-1)[at] += step
+                values.append(loss(net, data, ctx).item())
+            p.view(-1)[at] += 1e-6
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(p.grad.view(-1)[at].item(), rel=1e-4)
+
+
+def test_bounds_of_inputs_and_of_weights_in_one_stage_keep_their_graphs_apart() -> None:
+    net, (x, labels) = network(2), batch()
+    data, ctx = {"pixels": x, "labels": labels}, ctx_of()
+    ctx.steps, ctx.step = 10, 9
+    both = CertifiedLoss(CertifiedLoss(cross_entropy, CertifiedTraining(share=0.5)), FlatTraining(share=0.5))
+    first, again = both(net, data, ctx), both(net, data, ctx)
+    alone = [CertifiedLoss(cross_entropy, rule)(net, data, ctx) for rule in (CertifiedTraining(), FlatTraining())]
+    expected = 0.25 * cross_entropy(net, data, ctx) + 0.25 * alone[0] + 0.5 * alone[1]
+    assert first.item() == again.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_flat_training_lowers_the_proven_loss_on_what_it_trains_on() -> None:
+    plan = Digits(model="mlp", pretrain_steps=42, finetune_steps=126, finetune_lr=0.05, held_out=130)()
+    plan = plan.add_measures(Measure("noise", WeightNoise(eps=0.05, draws=1, proven=130, fact="seen")))
+    plain, flat = (run(apply(plan, arm)).scores["loss_proven"] for arm in ([], [FlatTraining(0.05, stage="finetune")]))
+    assert plain is not None
+    assert flat is not None
+    assert flat < 0.7 * plain
 
 
 def test_the_largest_loss_does_not_overflow() -> None:

@@ -1,8 +1,9 @@
-"""Certified training: the loss of the worst case that bounds allow, in place of the loss of an example."""
+"""Certified training: the loss of the worst inputs, or weights, that bounds allow, in place of the loss as it is."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -11,11 +12,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from perturbed.core.context import Ctx
-from perturbed.core.plan import Batch, LossFn, Plan, Site, Stage
+from perturbed.core.plan import Batch, LossFn, Plan, Site
 from perturbed.errors import PlanError, nearest
 from perturbed.measures.bounds.graph import Graph, trace
 from perturbed.measures.bounds.propagate import Ball, Propagation
 from perturbed.measures.bounds.relax import chord
+from perturbed.measures.sharpness import trace_moving, weight_balls
 
 Ease = Literal["fused", "separate", "clean", "none"]
 
@@ -93,10 +95,27 @@ def _upper(found: Propagation, rows: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def _graph(model: Module, stage: str, shape: torch.Size, like: tuple[torch.dtype, torch.device]) -> Graph:
-    """A stage's model traced at some input: modules may be replaced between stages."""
+def _graph(
+    make: Callable[[Module, Tensor], Graph], model: Module, stage: str, shape: torch.Size,
+    like: tuple[torch.dtype, torch.device],
+) -> Graph:  # fmt: skip
+    """A stage's model traced by ``make`` at some input: modules may be replaced between stages."""
     dtype, device = like
-    return trace(model, torch.linspace(0, 1, shape.numel(), dtype=dtype, device=device).view(shape))
+    return make(model, torch.linspace(0, 1, shape.numel(), dtype=dtype, device=device).view(shape))
+
+
+def _traced(make: Callable[[Module, Tensor], Graph], model: Module, batch: Batch, ctx: Ctx) -> tuple[Graph, Tensor]:
+    """The graph for this batch, and its inputs."""
+    assert ctx.facts.input is not None
+    x = batch[ctx.facts.input]
+    return _graph(make, ctx.accelerator.unwrap_model(model), ctx.stage, x.shape, (x.dtype, x.device)), x
+
+
+def _check(rule: CertifiedTraining | FlatTraining) -> None:
+    if rule.eps < 0 or not 0 <= rule.share <= 1 or rule.start < 0 or rule.ramp < 0 or rule.start + rule.ramp > 1:
+        raise PlanError(
+            f"{type(rule).__name__}: want eps >= 0, share in [0, 1], start + ramp <= 1 and neither below 0; got {rule}"
+        )
 
 
 @dataclass(frozen=True)
@@ -133,18 +152,62 @@ class CertifiedTraining:
     def __post_init__(self) -> None:
         if self.ease not in get_args(Ease):
             raise PlanError(f"CertifiedTraining: no ease {self.ease!r}: {nearest(self.ease, get_args(Ease))}")
-        if self.eps < 0 or not 0 <= self.share <= 1 or self.start < 0 or self.ramp < 0 or self.start + self.ramp > 1:
-            raise PlanError(
-                f"CertifiedTraining: want eps >= 0, share in [0, 1], start + ramp <= 1 and neither below 0; got {self}"
-            )
+        _check(self)
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with a bound in place of the loss of the stages."""
+        return plan.edit(self.stage, lambda stage: replace(stage, loss=CertifiedLoss(stage.loss, self)))
 
-        def bounded(stage: Stage) -> Stage:
-            return replace(stage, loss=CertifiedLoss(stage.loss, self))
+    def worst(self, model: Module, batch: Batch, ctx: Ctx, grown: float) -> Tensor:
+        """Upper bounds [B] of the loss where the ball has the part ``grown`` of its radius."""
+        graph, x = _traced(trace, model, batch, ctx)
+        ball = Ball(self.eps * grown, legal=ctx.facts.input_range)
+        return worst_loss(Propagation(graph, x, ball, "crown-ibp"), batch["labels"], self.ease, 1 - grown)
 
-        return plan.edit(self.stage, bounded)
+
+@dataclass(frozen=True)
+class FlatTraining:
+    """Train on an upper bound of the loss while each layer's weights move in a growing ball (Xu et al. 2020).
+
+    What moves is weight and bias together of each linear or convolutional layer, by ``eps`` in Frobenius norm at most
+    (``measures.sharpness``); the radius is absolute, as in the paper (2002.12920). Margins are bounded by lines on
+    intervals (CROWN-IBP) at every radius: intervals alone grow by a norm with each layer, however small the balls. The
+    bound is that of each example's own worst weights, and so above the loss of any weights that all share. While the
+    radius is 0 the plan's own loss is used, and after that with weight 1 - share. The model is bounded as by
+    ``CertifiedTraining``.
+
+    Args:
+        eps: largest radius, in the units of the weights.
+        start: part of the stage after which the radius grows.
+        ramp: part of the stage in which it does.
+        share: weight of the bound against the plan's own loss, in [0, 1].
+        stage: glob of the stages.
+    """
+
+    eps: float = 0.1
+    start: float = 0.0
+    ramp: float = 0.7
+    share: float = 1.0
+    stage: str = "*"
+
+    SITES: ClassVar[tuple[Site, ...]] = ("objectives",)
+    REQUIRES: ClassVar = {"target": "class", "classes": ..., "input": ...}
+    OFF: ClassVar = {"share": 0.0}
+    TINY: ClassVar = {"share": 1e-4, "ramp": 0.0}
+    STRONG: ClassVar = {"eps": 0.3, "ramp": 0.0}
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __call__(self, plan: Plan) -> Plan:
+        """The plan with a bound in place of the loss of the stages."""
+        return plan.edit(self.stage, lambda stage: replace(stage, loss=CertifiedLoss(stage.loss, self)))
+
+    def worst(self, model: Module, batch: Batch, ctx: Ctx, grown: float) -> Tensor:
+        """Upper bounds [B] of the loss where the balls have the part ``grown`` of their radius."""
+        graph, x = _traced(trace_moving, model, batch, ctx)
+        found = Propagation(graph, x, weight_balls(graph, self.eps * grown), "crown-ibp")
+        return worst_loss(found, batch["labels"], "separate", 1.0)
 
 
 @dataclass(frozen=True)
@@ -157,7 +220,7 @@ class CertifiedLoss:
     """
 
     inner: LossFn
-    rule: CertifiedTraining
+    rule: CertifiedTraining | FlatTraining
 
     def __call__(self, model: Module, batch: Batch, ctx: Ctx) -> Tensor:
         """The mixture, a mean over the batch in nats."""
@@ -165,10 +228,4 @@ class CertifiedLoss:
         grown = growing(ctx.step / ctx.steps, rule.start, rule.ramp)
         if grown == 0:
             return own
-        name, legal = ctx.facts.input, ctx.facts.input_range
-        assert name is not None
-        x = batch[name]
-        graph = _graph(ctx.accelerator.unwrap_model(model), ctx.stage, x.shape, (x.dtype, x.device))
-        found = Propagation(graph, x, Ball(rule.eps * grown, legal=legal), "crown-ibp")
-        worst = worst_loss(found, batch["labels"], rule.ease, 1 - grown).mean()
-        return (1 - rule.share) * own + rule.share * worst
+        return (1 - rule.share) * own + rule.share * rule.worst(model, batch, ctx, grown).mean()

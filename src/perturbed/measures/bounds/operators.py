@@ -374,9 +374,9 @@ class Times(_Weighed):
     def pulled(self, a: Coefficients, weight: Tensor, into: Node) -> Coefficients:
         a = dense(a)
         turned = weight.transpose(-1, -2)
-        if turned.dim() == len(into.shape):
+        if turned.dim() == len(into.shape) > 2:  # one for each example
             turned = turned.unsqueeze(1)
-        return a @ turned if self.right else turned @ a
+        return gathered(a @ turned if self.right else turned @ a, into.shape)
 
 
 @dataclass(eq=False)

@@ -93,7 +93,7 @@ class Propagation:
 
     Args:
         graph: from ``trace``.
-        x: inputs [B, ...] of the batch size that the graph was made for.
+        x: inputs [B, ...] of the batch size that the graph was made for, with the batch in the axis that it has there.
         balls: of the input, or of each leaf by its name (``input`` or that of a parameter).
         method: ``ibp``, ``crown-ibp`` or ``crown``.
 
@@ -104,8 +104,10 @@ class Propagation:
     def __init__(self, graph: Graph, x: Tensor, balls: Ball | Mapping[str, Ball], method: Method = "crown"):
         if method not in get_args(Method):
             raise ValueError(f"no method {method!r}: {nearest(method, get_args(Method))}")
-        if len(x) != graph.batch:
-            raise ValueError(f"the graph was made for batches of {graph.batch}, not of {len(x)}: trace it anew")
+        if x.shape[graph.axis] != graph.batch:
+            raise ValueError(
+                f"the graph was made for batches of {graph.batch}, not of {x.shape[graph.axis]}: trace it anew"
+            )
         self.balls = {INPUT: balls} if isinstance(balls, Ball) else dict(balls)
         if self.balls.keys() != graph.leaves.keys():
             wanted, given = sorted(graph.leaves), sorted(self.balls)
@@ -120,7 +122,7 @@ class Propagation:
         """The value of an unperturbed node, or the centre of a leaf."""
         if node not in self._values:
             if isinstance(node.op, Leaf) and node.name == INPUT:
-                return self.x
+                return self.x.movedim(self.graph.axis, 0) if node.perturbed else self.x
             self._values[node] = node.op.value(*(self.value(n) for n in node.inputs))
         return self._values[node]
 
@@ -193,7 +195,7 @@ class Propagation:
         """Bounds [B, S] of linear functions of the output; None for an end that is not wanted.
 
         Args:
-            rows: coefficients [B or 1, S, K] (further axes as the output has).
+            rows: coefficients [B or 1, S, K] (further axes as the output of one example has).
             lower: whether the lower bounds are wanted.
             upper: whether the upper bounds are.
         """
@@ -301,7 +303,7 @@ def bounds(
 
     Args:
         graph: from ``trace``.
-        x: inputs [B, ...] of the batch size that the graph was made for.
+        x: inputs [B, ...] of the batch size that the graph was made for, with the batch in the axis that it has there.
         balls: of the input, or of each leaf by its name.
         method: ``ibp``, ``crown-ibp`` or ``crown``: from fast and loose to slow and tight.
         rows: coefficients [B or 1, S, K] of functions of the output [B, K]; the default is the output itself.
@@ -314,13 +316,16 @@ def bounds(
     """
     found = Propagation(graph, x, balls, method)
     if rows is None and method == "ibp":
-        return found.bounds(graph.output)
+        box = found.bounds(graph.output)
+        return graph.place.together(box[0]), graph.place.together(box[1])
     shape = graph.output.shape
     each = torch.eye(math.prod(shape[1:]), dtype=x.dtype, device=x.device).view(1, -1, *shape[1:])
     low, high = found.rows(each if rows is None else rows)
     assert low is not None
     assert high is not None
-    return (low.view(shape), high.view(shape)) if rows is None else (low, high)
+    if rows is not None:
+        return low, high
+    return graph.place.together(low.view(shape)), graph.place.together(high.view(shape))
 
 
 def margins_of(labels: Tensor, classes: int) -> Tensor:
