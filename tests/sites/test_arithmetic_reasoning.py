@@ -18,12 +18,12 @@ TINY = ArithmeticReasoning(
 )  # fmt: skip
 
 
-def test_stages_draw_short_and_long_chains_and_learn_solutions_alone():
+def test_stages_draw_small_and_large_sums_and_learn_solutions_alone():
     plan = TINY()
     assert [s.name for s in plan.stages] == ["pretrain", "finetune"]
-    short, long = (s.data.chains for s in plan.stages)
-    assert (short, long) == (Chains(2, 3, 20), Chains(4, 4, 20))
-    assert plan.facts.get("chains") == long
+    first, second = (s.data.chains for s in plan.stages)
+    assert (first, second) == (Chains(2, 3, 20), Chains(3, 3, 99))
+    assert plan.facts.get("chains") == second
     engine = Engine(plan, 0, Store(None))
     batch = next(plan.stage("finetune").data(engine._ctx(plan.stage("finetune"), 4)))
     question_ends = (batch["input_ids"] == tokenizer().get_vocab()["?"]).int().argmax(1)
@@ -56,8 +56,8 @@ def test_a_run_gives_scores_in_range_and_comes_out_the_same_again():
 
 def test_it_learns_sums_of_one_kind_in_a_few_seconds():
     plan = dataclasses.replace(
-        TINY, width=32, layers=2, pretrain_sums=1, sums=1, largest=9, pretrain_problems=60, pretrain_batch=30,
-        pretrain_steps=150, problems=32, pretrain_lr=1e-2, held_out=16,
+        TINY, width=32, layers=2, pretrain_sums=1, sums=1, pretrain_largest=9, largest=9, pretrain_problems=60,
+        pretrain_batch=30, pretrain_steps=150, problems=32, pretrain_lr=1e-2, held_out=16,
     )  # fmt: skip
     curve = dict(Engine(plan(), 1000, Store(None)).run().curves["loss"])
     assert curve[0] > 2.5

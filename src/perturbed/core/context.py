@@ -206,13 +206,18 @@ class FeatureHooks:
         self._handles: list[Any] = []
 
     def __enter__(self) -> FeatureHooks:
-        names = dict(self.model.named_modules())
         for feature in self.features:
-            hit = [m for name, m in names.items() if fnmatch.fnmatchcase(name, feature.where)]
-            if not hit:
-                raise PlanError(f"feature glob {feature.where!r} matches no module: {nearest(feature.where, names)}")
-            self._handles += [m.register_forward_hook(self._hook(feature)) for m in hit]
+            self._handles += [m.register_forward_hook(self._hook(feature)) for m in self._modules(feature)]
         return self
+
+    def _modules(self, feature: Feature) -> list[Module]:
+        if not isinstance(feature.where, str):
+            return [feature.where(self.model)]
+        names = dict(self.model.named_modules())
+        hit = [m for name, m in names.items() if fnmatch.fnmatchcase(name, feature.where)]
+        if not hit:
+            raise PlanError(f"feature glob {feature.where!r} matches no module: {nearest(feature.where, names)}")
+        return hit
 
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:

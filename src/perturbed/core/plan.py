@@ -90,9 +90,14 @@ def no_optim(model: Module, ctx: Ctx) -> Optim:
 
 @dataclass(frozen=True)
 class Feature:
-    """A function on the output of every module whose dotted name matches ``where`` (first tensor of a tuple output)."""
+    """A function on the output of modules (first tensor of a tuple output).
 
-    where: str
+    Args:
+        where: glob of dotted names, or a function that finds the one module of a model.
+        fn: gives the new output.
+    """
+
+    where: str | Callable[[Module], Module]
     fn: FeatureFn
 
 

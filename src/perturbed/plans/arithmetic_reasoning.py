@@ -1,4 +1,4 @@
-"""A small language model that learns to work out sums, and is then tuned on few worked solutions of longer ones."""
+"""A small language model that learns to work out sums, and is then tuned on few worked solutions of larger ones."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ def characters() -> Any:
 
 @dataclass(frozen=True)
 class ArithmeticReasoning:
-    """The plan: stage ``pretrain`` on many short chains of sums, ``finetune`` on few worked solutions of longer ones.
+    """The plan: stage ``pretrain`` on many chains of small sums, ``finetune`` on few worked solutions of larger ones.
 
     Both with AdamW (warm-up and cosine decay, betas 0.9 and 0.95, weight decay 0.1, gradient norm clipped at 1), loss
-    on solutions only. Measured on problems that no stage sees, decoded greedily. How hard it is, ``problems``, ``sums``
-    and ``largest`` decide. At the default sizes the loss on the solutions that it is tuned on ends near 0, and between
-    0.14 and 0.71 of the held-out problems come out right, by seed (mean of eight 0.41).
+    on solutions only. Measured on problems that no stage sees, decoded greedily. At the default sizes both losses end
+    near 0. On four pilot seeds (1000 to 1003), 0.65 to 0.71 of the held-out problems come out right, mean 0.68, after
+    0.42 to 0.53 before the second stage.
+
+    The solutions of the second stage show some of the sums with results above ``pretrain_largest``; others have to be
+    inferred, so accuracy rises evenly with ``problems``. Chains longer than those of the first stage (``sums``) are
+    another matter: whether a model finds out how to go on with them is decided by the seed, and all at once.
 
     Args:
         width: of the hidden states.
@@ -40,12 +44,13 @@ class ArithmeticReasoning:
         pretrain_batch: problems in a step of the first stage.
         pretrain_steps: updates of the first stage.
         pretrain_lr: peak learning rate of the first stage.
+        pretrain_largest: no result in the first stage is above it.
         sums: of the chains of the second stage, on which the model is measured.
         problems: worked solutions that it is tuned on.
         batch: problems in a step of the second stage.
         steps: updates of the second stage.
         lr: peak learning rate of the second stage.
-        largest: no result is above it.
+        largest: no result in the second stage is above it.
         held_out: problems that are measured on.
     """
 
@@ -55,14 +60,15 @@ class ArithmeticReasoning:
     pretrain_sums: int = 3
     pretrain_problems: int = 25_000
     pretrain_batch: int = 64
-    pretrain_steps: int = 400
-    pretrain_lr: float = 8e-3
-    sums: int = 4
-    problems: int = 160
+    pretrain_steps: int = 1500
+    pretrain_lr: float = 4e-3
+    pretrain_largest: int = 20
+    sums: int = 3
+    problems: int = 240
     batch: int = 32
     steps: int = 600
-    lr: float = 4e-3
-    largest: int = 20
+    lr: float = 2e-3
+    largest: int = 99
     held_out: int = 512
 
     NAME: ClassVar[str] = "arithmetic-reasoning"
@@ -75,8 +81,8 @@ class ArithmeticReasoning:
 
     def __call__(self) -> Plan:
         """The plan; problems are drawn when it runs."""
-        short = Chains(max(1, self.pretrain_sums - 1), self.pretrain_sums, self.largest)
-        long = Chains(self.sums, self.sums, self.largest)
+        first = Chains(max(1, self.pretrain_sums - 1), self.pretrain_sums, self.pretrain_largest)
+        second = Chains(self.sums, self.sums, self.largest)
         return Plan(
             name=self.NAME,
             build=Llama(self.width, self.layers, self.heads, len(VOCABULARY), LONGEST),
@@ -84,14 +90,14 @@ class ArithmeticReasoning:
                 Stage(
                     name="pretrain",
                     steps=self.pretrain_steps,
-                    data=WorkedSolutions(short, self.pretrain_problems, self.pretrain_batch),
+                    data=WorkedSolutions(first, self.pretrain_problems, self.pretrain_batch),
                     loss=next_token_loss,
                     optim=AdamW(self.pretrain_lr, schedule=WarmupCosine()),
                 ),
                 Stage(
                     name="finetune",
                     steps=self.steps,
-                    data=WorkedSolutions(long, self.problems, self.batch),
+                    data=WorkedSolutions(second, self.problems, self.batch),
                     loss=next_token_loss,
                     optim=AdamW(self.lr, schedule=WarmupCosine()),
                 ),
@@ -100,6 +106,6 @@ class ArithmeticReasoning:
             measures=(Measure("accuracy", FinalAnswers(self.held_out)),),
             facts=Facts(
                 modality="language", target="next-token", classes=len(VOCABULARY), input="input_ids",
-                tokenizer=characters, more={"chains": long},
+                tokenizer=characters, more={"chains": second},
             ),
         )  # fmt: skip
