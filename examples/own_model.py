@@ -8,8 +8,6 @@ from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification
 
 import perturbed as pt
-from perturbed.inputs.noise import InputNoise
-from perturbed.optim.optimisers import AdamW
 
 SIZES = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "num_hidden_layers": 2}
 
@@ -22,9 +20,10 @@ def model():
 x, y = load_digits(return_X_y=True)
 data = Dataset.from_dict({"pixel_values": x.reshape(-1, 1, 8, 8) / 16, "labels": y}).train_test_split(450, seed=0)
 plan = pt.Plan.from_model(
-    model, data=data["train"], held_out=data["test"], steps=300, batch=64, optim=AdamW(4e-3),
+    model, data=data["train"], held_out=data["test"], steps=300, batch=64, optim=pt.optim.AdamW(4e-3),
     facts={"input_range": (0, 1)},
 )  # fmt: skip
 
 if __name__ == "__main__":
-    print(pt.compare(plan, {"noise": [InputNoise(0.4)]}, metric="accuracy", direction="higher", seeds=6)["arms"])
+    arms = {"noise": [pt.inputs.InputNoise(0.4)]}
+    print(pt.compare(plan, arms, metric="accuracy", direction="higher", seeds=6)["arms"])

@@ -11,10 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from perturbed.inference.guidance import perturbed_attention
+import perturbed as pt
 
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])  # a pipeline of a DiT has it as pipeline.transformer
 for scale in (0.0, 1.0, 3.0):
-    with perturbed_attention(pipeline.unet, scale, where="mid_block.attentions.*"):
+    with pt.inference.perturbed_attention(pipeline.unet, scale, where="mid_block.attentions.*"):
         images = pipeline(batch_size=4, num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images
     Image.fromarray(np.hstack(images)).save(Path(sys.argv[1]) / f"scale {scale}.png")

@@ -9,13 +9,12 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import perturbed as pt
-from perturbed.optim.sharpness import SharpnessAware
-from perturbed.weights.sparse_low_rank import SparseLowRank
 
 tokens = AutoTokenizer.from_pretrained(sys.argv[1])(Path(sys.argv[2]).read_text(), return_tensors="pt").input_ids[0]
 windows = [{"input_ids": window} for window in tokens.unfold(0, 64, 64)]
 cut = len(windows) // 10
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 plan = pt.Plan.from_model(model, data=windows[cut:], held_out=windows[:cut], steps=30, batch=8)
-arms = {"flat": [SharpnessAware(rho=0.05)], "sparse": [SparseLowRank(rank=0, density=0.5, start="layer")]}
+sparse = pt.weights.SparseLowRank(rank=0, density=0.5, start="layer")
+arms = {"flat": [pt.optim.SharpnessAware(rho=0.05)], "sparse": [sparse]}
 print(pt.write_report(pt.compare(plan, arms, seeds=6, factorial=True), Path("reports")))

@@ -2,9 +2,9 @@
 
 ``pt.run("hubble")`` runs a method's study, ``pt.compare(plan, {"a": [A()], "b": [B()]})`` several changes on one plan,
 ``pt.judge(control, treatment)`` gives the verdict for scores made elsewhere; all three return a record, of which
-``pt.write_report(record, folder)`` makes a page. The sites are modules:
-``pt.data``, ``pt.inputs``, ``pt.features``, ``pt.weights``, ``pt.objectives``, ``pt.optim``, ``pt.inference``,
-``pt.measures``. Nothing heavy is imported before it is used.
+``pt.write_report(record, folder)`` makes a page. The sites ``pt.data``, ``pt.inputs``, ``pt.features``, ``pt.weights``,
+``pt.objectives``, ``pt.optim``, ``pt.inference`` and ``pt.measures`` hold what their files define, such as
+``pt.weights.SparseLowRank``. Nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations

@@ -1,1 +1,6 @@
 """Optimisers, schedules, and how one step is taken."""
+
+from perturbed.lazy import getter, lister
+
+__getattr__ = getter(__name__)
+__dir__ = lister(__name__)
