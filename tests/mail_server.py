@@ -4,14 +4,14 @@ import asyncio
 
 from aiosmtpd.controller import Controller
 
-SECONDS = 30
+SECONDS = 120
 
 
 class MailServer(Controller):
     """On a port that the system chooses; leaves no connection open, also if the client's last word is still to come."""
 
     def __init__(self, handler, **options):
-        super().__init__(handler, hostname="127.0.0.1", port=0, **options)
+        super().__init__(handler, hostname="127.0.0.1", port=0, **{"ready_timeout": SECONDS, **options})
         self._sessions = []
 
     def factory(self):

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from mail_server import MailServer
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
-SECONDS = 120  # for what waits for the machine: a model that starts, a study that runs
+SECONDS = 120  # for what waits for the machine: only a defect reaches it
+expect.set_options(timeout=SECONDS * 1000)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ class Visit:
     def __init__(self, browser, base, **options):
         self.base, self.troubles = base, []
         self.context = browser.new_context(base_url=base, **{"viewport": {"width": 1280, "height": 900}, **options})
-        self.context.set_default_timeout(20_000)
+        self.context.set_default_timeout(SECONDS * 1000)
         self.page = self.context.new_page()
         self.page.on("console", lambda m: m.type in ("error", "warning") and self.troubles.append(m.text))
         self.page.on("pageerror", lambda e: self.troubles.append(str(e)))
@@ -77,10 +78,16 @@ def visit(browser):
 
 
 class Mails:
-    """Mail that arrived."""
+    """Mail that arrived; ``gone@…`` is refused for good."""
 
     def __init__(self):
         self.got = []
+
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if address.startswith("gone@"):
+            return "550 5.1.1 no such user here"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
 
     async def handle_DATA(self, server, session, envelope):
         self.got.append(message_from_bytes(envelope.content, policy=policy.default))
@@ -115,7 +122,7 @@ class Served:
 def serving(folder: Path):
     """`perturbed serve` in a home of its own, with a mail server on loopback."""
     mails = Mails()
-    controller = MailServer(mails)
+    controller = MailServer(mails, ready_timeout=SECONDS)
     controller.start()
     environment = {
         **os.environ,
@@ -135,7 +142,7 @@ def serving(folder: Path):
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(30)
+            process.wait(SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
         process.stdout.close()

@@ -1,7 +1,11 @@
 """Every page in a real browser: accessible in light and dark, within a phone, by keyboard, and without JavaScript."""
 
+import re
+import time
+
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
 
 READ = (
     *("/", "/?page=2", "/day/2025-10-22", "/day/2025-10-23", "/week/2025-W43", "/month/2025-10", "/trending", "/map"),
@@ -11,10 +15,14 @@ READ = (
 OWNED = ("/", "/papers/2406.02214", "/settings", "/subscribe", "/owner", "/runs/1")
 
 
+pytestmark = pytest.mark.timeout(1800)
+
+
 @pytest.fixture(scope="module")
 def asked(served, browser):
-    """A run in the queue, and an import with something that was not understood."""
+    """A run in the queue, an import with something that was not understood, a comment, and an address refused."""
     context = browser.new_context(base_url=served.base)
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.goto(served.owner)
     page.goto("/papers/sltrain")
@@ -22,6 +30,7 @@ def asked(served, browser):
     page.get_by_label("density").fill("0.05")
     page.get_by_role("button", name="Run it").click()
     page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Cancel").wait_for(state="detached")
     page.goto("/settings")
     head = "Daily Papers\n\nby AK and the research community\n\nNov 3\n"
     text = f"{head}\nOne paper\n\nIts text.\n\n  • 4 authors\n·\nNov 2\n"
@@ -31,6 +40,20 @@ def asked(served, browser):
     page.get_by_label("Day on which").fill("2024-11-03")
     page.get_by_role("button", name="Import").click()
     page.get_by_text("not understood").first.wait_for()
+    page.goto("/papers/2406.02214")
+    page.get_by_label("Your comment").fill("To be read and looked at.")
+    page.get_by_role("button", name="Comment", exact=True).click()
+    page.locator(".comment").wait_for()
+    page.goto("/subscribe")
+    page.get_by_label("Your address").fill("gone@example.org")
+    page.get_by_role("button", name="Subscribe").click()
+    page.get_by_role("heading", name="Check your mail").wait_for()
+    page.goto("/settings")
+    until = time.monotonic() + 120
+    while not page.get_by_role("button", name="Let it be asked again").count():  # the mail goes out behind the answer
+        assert time.monotonic() < until, "the refusal did not come"
+        time.sleep(0.2)
+        page.reload()
     context.close()
 
 
@@ -96,35 +119,43 @@ def test_everything_works_without_javascript(served, visit):
     page.goto(served.owner)
     page.get_by_label("Search papers by words or meaning").fill("noise site:features")
     page.get_by_role("button", name="Search").click()
+    page.wait_for_url("**/search?q=noise*")
     title = page.locator(".card h2 a").first.inner_text()
-    page.get_by_role("button", name="Upvote").nth(1).click()
+    upvote, upvoted = (page.get_by_role("button", name=re.compile(rf"{said}\b")) for said in ("Upvote", "Upvoted"))
+    upvote.nth(1).click()
+    upvoted.click()
+    expect(upvoted).to_have_count(0)
     assert "/search?q=noise" in page.url  # back where it was
-    page.get_by_role("button", name="Upvoted").click()
     page.locator(".card h2 a").first.click()
-    assert page.locator("h1").inner_text() == title
-    page.get_by_role("button", name="Upvote").click()
-    assert page.locator("h1").inner_text() == title  # back where it was
-    page.get_by_role("button", name="Upvoted").click()
+    expect(page.locator("h1")).to_have_text(title)
+    upvote.click()
+    upvoted.click()
+    expect(upvoted).to_have_count(0)
+    expect(page.locator("h1")).to_have_text(title)  # back where it was
     page.get_by_label("Your comment").fill("Written without a script.")
-    page.get_by_role("button", name="Comment").click()
+    page.get_by_role("button", name="Comment", exact=True).click()
     page.get_by_text("Written without a script.").wait_for()
+    page.locator(".comment summary").click()
+    page.get_by_role("button", name="Delete this comment").click()
+    expect(page.locator(".comment")).to_have_count(0)
     page.goto("/papers/pag")
     page.get_by_text("Change the treatment").click()
     page.get_by_label("strength").fill("0.5")
     page.get_by_role("button", name="Run it").click()
+    page.wait_for_url("**/runs/*")
     assert "0.5" in page.locator("main").inner_text()
     page.get_by_role("button", name="Cancel").click()
-    page.reload()
-    assert "cancel" in page.locator("main").inner_text()
+    expect(page.locator("main")).to_contain_text("cancelled")
     page.goto("/map")
     page.locator(".house a").nth(3).click()
-    assert page.url.endswith("#weights")
+    page.wait_for_url("**/map#weights")
     page.goto("/month/2025-10")
     page.locator(".turn a").first.click()
-    assert "/month/" in page.url
+    page.wait_for_url(re.compile(r"/month/(?!2025-10)"))
     page.goto("/settings")
     page.get_by_role("button", name="End this session").click()
-    assert page.get_by_role("link", name="Import").count() == 0
+    page.wait_for_url("**/")
+    expect(page.get_by_role("link", name="Import")).to_have_count(0)
 
 
 def test_a_vote_falls_back_to_the_form_when_the_session_is_gone(served, visit):

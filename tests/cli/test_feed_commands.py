@@ -11,7 +11,7 @@ import pytest
 from answers import refused
 
 from perturbed.feed import subscriptions
-from perturbed.feed.database import Database
+from perturbed.feed.database import Database, default_path
 from perturbed.feed.importers import http
 from perturbed.feed.subscriptions import Wants
 
@@ -178,6 +178,37 @@ def test_what_is_wrong_is_said_in_one_line(perturbed, page, monkeypatch, argumen
 def test_serving_others_needs_a_public_address(perturbed):
     refused(perturbed("serve", "--host", "0.0.0.0"), "--host 0.0.0.0", "--public-url")
     refused(perturbed("serve", "--public-url", "http://papers.example.org"), "https")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search", "noise", "--words"),
+        ("export", "--json"),
+        ("export", "--bibtex"),
+        ("digest", "--dry-run"),
+        ("digest",),
+        ("subscribe", "reader@example.org"),
+    ],
+)
+def test_a_mistyped_database_is_refused_and_not_made(perturbed, page, tmp_path, arguments):
+    path = tmp_path / "feeds" / "papers.sqlite"
+    perturbed("feed", "import", page, "--saved-on", "2025-11-17", "--database", path)
+    wrong = path.with_name("paper.sqlite")
+    answer = perturbed("feed", *arguments, "--database", wrong)
+    refused(answer, f"--database {wrong}: there is no such file; did you mean {path}? (`perturbed feed import`")
+    for other in (tmp_path / "feeds" / "zzz", tmp_path / "nowhere" / "papers.sqlite", page / "papers.sqlite"):
+        answer = perturbed("feed", *arguments, "--database", other)
+        refused(answer, f"--database {other}: there is no such file (`perturbed feed import`")
+        assert not other.exists()
+    assert all(file.name.startswith("papers.sqlite") for file in path.parent.iterdir())  # SQLite's own come and go
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_default_database_is_made_by_whoever_comes_first(perturbed):
+    assert not default_path().exists()
+    assert perturbed("feed", "search", "noise", "--words")[0] == 0
+    assert default_path().exists()
 
 
 def test_days_by_default_are_of_the_last_whole_issue(perturbed, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from aiosmtpd.smtp import AuthResult
 from mail_server import MailServer
+from waiting import SECONDS
 
 from perturbed.feed import store, subscriptions
 from perturbed.feed.database import Database
@@ -61,6 +62,7 @@ class Catcher:
             self,
             tls_context=self.tls,
             authenticator=self.login if self.require_auth else None,
+            ready_timeout=SECONDS,
             auth_require_tls=False,
         )
         controller.start()
@@ -125,7 +127,7 @@ def self_signed(folder: Path) -> tuple[ssl.SSLContext, Path]:
         ],
         check=True,
         capture_output=True,
-        timeout=30,
+        timeout=SECONDS,
     )
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)

@@ -72,7 +72,7 @@ class RecordedServer:
         finally:
             self._http.shutdown()
             self._http.server_close()
-            thread.join(5)
+            thread.join(60)
 
     def answer(self, handler):
         host = handler.headers["Host"]

@@ -11,7 +11,7 @@ from lxml import etree
 from mail_parts import BASE, DAY, NOW, add, application
 from web_parts import Clock
 
-from perturbed.feed import evidence, store
+from perturbed.feed import store, verdicts
 from perturbed.feed.atom import ATOM, PAGE
 from perturbed.feed.papers import SITES, Paper
 
@@ -29,7 +29,7 @@ def clock():
 @pytest.fixture
 def feed(tmp_path, clock):
     app, client = application(tmp_path, clock=clock)
-    evidence.sync(app.state.feed.database, NOW)
+    verdicts.sync(app.state.feed.database, NOW)
     yield app.state.feed.database, client
     app.state.feed.database.close()
 
@@ -169,7 +169,7 @@ def test_categories_are_sites_and_verdict(feed):
     terms = {(c.get("scheme").rpartition(":")[2], c.get("term")) for c in found.findall("a:category", NS)}
     assert terms == {*(("site", site) for site in known.sites), ("verdict", verdict)}
     assert f"Measured here: {verdict}." in field(found, "content")
-    assert evidence.summary_of(slug).sentence.split("(")[0].strip() in field(found, "content").replace("&#39;", "'")
+    assert verdicts.summary_of(slug).sentence.split("(")[0].strip() in field(found, "content").replace("&#39;", "'")
 
 
 # --- names and dates ---------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_the_evidence_feed_tells_what_the_ledgers_hold(feed):
     assert len(judged) >= 5
     for row in judged:
         found = entry(root, f"{row['verdict']}: {row['title']}")
-        assert evidence.summary_of(row["slug"]).sentence.split("(")[0].strip() in field(found, "content").replace(
+        assert verdicts.summary_of(row["slug"]).sentence.split("(")[0].strip() in field(found, "content").replace(
             "&#39;", "'"
         )
 

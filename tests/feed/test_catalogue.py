@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from waiting import SECONDS
 
 from perturbed.core import registry
 from perturbed.errors import PerturbedError
 from perturbed.feed import catalogue, store
-from perturbed.feed.database import Database
 from perturbed.feed.papers import SITES, Paper, title_key
 from perturbed.feed.web.api import Site
 
@@ -27,13 +27,6 @@ MODALITIES = {"language", "vision", "vision-language", "diffusion", "speech", "c
 
 with_page = pytest.mark.skipif(not PAGE.exists(), reason="the given page is not here")
 with_sheets = pytest.mark.skipif(not SHEETS.exists(), reason="the method sheets are not here")
-
-
-@pytest.fixture
-def database(tmp_path):
-    base = Database(tmp_path / "feed.sqlite")
-    yield base
-    base.close()
 
 
 @pytest.fixture
@@ -285,5 +278,5 @@ def test_reading_the_catalogue_imports_nothing_heavy():
         "print([m for m in ('torch', 'numpy', 'scipy', 'matplotlib', 'transformers', 'perturbed.api') "
         "if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,6 +1,7 @@
 """The file: its rights, its version, its backup, two processes on it, and what is said when it cannot be used."""
 
 import contextlib
+import itertools
 import os
 import sqlite3
 import stat
@@ -10,6 +11,7 @@ import textwrap
 import threading
 
 import pytest
+from waiting import SECONDS
 
 from perturbed.feed import database as module
 from perturbed.feed import store
@@ -94,7 +96,7 @@ def test_opening_a_second_time_drops_no_lock(path, opened):
             """,
             path,
         )
-        assert other.communicate(timeout=60)[0] == "database is locked\n"
+        assert other.communicate(timeout=SECONDS)[0] == "database is locked\n"
 
 
 def test_the_default_place_is_the_users_home(opened):
@@ -249,7 +251,7 @@ def test_two_processes_open_and_write_one_new_file(path, opened):
         writer.stdin.write("go\n")
         writer.stdin.flush()
     for writer in writers:
-        writer.communicate(timeout=60)
+        writer.communicate(timeout=SECONDS)
         assert writer.returncode == 0
     database = opened(path)
     assert count(database) == 3 * 40 + 1
@@ -273,12 +275,12 @@ def test_one_that_comes_while_another_makes_the_tables_waits_and_finds_them(path
         second.start()
         second.join(0.3)
         assert second.is_alive()
-        for statement in module._statements(STEPS[0]):
+        for statement in itertools.chain.from_iterable(map(module._statements, STEPS)):
             first.execute(statement)
         for pragma in (f"application_id = {APPLICATION_ID}", f"user_version = {len(STEPS)}"):
             first.execute(f"PRAGMA {pragma}")
         first.execute("COMMIT")
-    second.join(30)
+    second.join(SECONDS)
     assert (second.is_alive(), failed) == (False, [])
 
 
@@ -297,13 +299,13 @@ def test_a_process_killed_in_a_transaction_leaves_the_state_before(path, opened)
             for i in range(3000):
                 upsert(connection, Paper(title=f"Lost {i}", abstract="x " * 200, source="page"), 1.0)
             print("written", flush=True)
-            time.sleep(60)
+            time.sleep(600)
         """,
         path,
     )
     assert child.stdout.readline() == "written\n"
     child.kill()
-    child.communicate(timeout=60)
+    child.communicate(timeout=SECONDS)
     assert count(database) == 1
     add(database, "After")  # nobody holds the lock any more
     assert count(database) == 2
@@ -320,7 +322,7 @@ def test_each_thread_has_its_own_connection(path, opened):
 
     thread = threading.Thread(target=look)
     thread.start()
-    thread.join(10)
+    thread.join(SECONDS)
     assert seen[0] is not database.read()
     assert database.read() is database.read()
 
@@ -349,7 +351,7 @@ def test_a_file_that_goes_while_in_use_is_noticed_and_not_made_anew(path, opened
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
-    thread.join(30)
+    thread.join(SECONDS)
     assert len(failed) == 1
     assert path.exists() is (how == "replaced")
     if how == "replaced":

@@ -15,10 +15,11 @@ from email.utils import parsedate_to_datetime
 import lxml.html
 import pytest
 from mail_parts import BASE, DAY, HOUR, NOW, Catcher, add, dump, html_of, link_of, subscribed, text_of
+from waiting import SECONDS
 
 from perturbed.errors import PerturbedError
 from perturbed.evidence.report import KINDS
-from perturbed.feed import catalogue, digest, evidence, store, subscriptions
+from perturbed.feed import catalogue, digest, store, subscriptions, verdicts
 from perturbed.feed.database import Database
 from perturbed.feed.digest import digests, issue_of, preview, send
 from perturbed.feed.mail import MailError
@@ -28,13 +29,6 @@ from perturbed.feed.subscriptions import Wants
 ANN, BO, CY = "ann@example.org", "bo@example.org", "cy@example.org"
 NEXT, AFTER = DAY + timedelta(days=1), DAY + timedelta(days=2)
 A_DAY = 24 * HOUR
-
-
-@pytest.fixture
-def database(tmp_path):
-    made = Database(tmp_path / "feed.sqlite")
-    yield made
-    made.close()
 
 
 def titles(database, address=ANN, every="day", day=DAY):
@@ -147,7 +141,7 @@ def test_evidence_since_the_last_digest_with_what_was_before(database):
 def test_real_evidence_is_told_in_words_and_numbers(database):
     subscribed(database, ANN, papers=False)
     catalogue.seed(database, NOW)
-    evidence.sync(database, NOW)
+    verdicts.sync(database, NOW)
     (one,) = digests(database, "day", DAY)
     assert len(one.news) >= 5
     message = digest.message_of(one, subscriptions.new_token(), Catcher_sender(), NOW, BASE)
@@ -156,7 +150,7 @@ def test_real_evidence_is_told_in_words_and_numbers(database):
         " ".join(lxml.html.fromstring(html_of(message)).text_content().split()),
     )
     for news in one.news:
-        assert news.sentence == evidence.summary_of(news.entry.slug).sentence
+        assert news.sentence == verdicts.summary_of(news.entry.slug).sentence
         assert news.verdict == news.entry.verdict
         for place in (told, shown):
             assert news.sentence in place
@@ -399,7 +393,7 @@ def test_two_runs_at_once_send_once(database, tmp_path):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(SECONDS)
     assert sorted(catcher.to) == [f"n{number}@example.org" for number in range(6)]
     assert sum(len(report.sent) for report in reports) == 6
 
@@ -427,6 +421,8 @@ def test_what_a_server_refuses(database, rcpt, data, kind, state, delivery):
     assert any(ANN in line for line in report.lines())
     row = database.read().execute("SELECT id, state FROM subscriber WHERE address = ?", (ANN,)).fetchone()
     assert row["state"] == state
+    refused = [(one.address, one.since, one.words) for one in subscriptions.suppressed(database.read())]
+    assert refused == ([(ANN, NOW, why)] if state == "suppressed" else [])
     kept = database.read().execute("SELECT state FROM delivery WHERE subscriber = ?", (row["id"],)).fetchone()
     assert (kept and kept["state"]) == delivery
     with Catcher()() as catcher:
@@ -515,7 +511,7 @@ def test_killed_in_the_middle_nobody_gets_two_and_nobody_is_forgotten(database, 
 
             if address == addresses[1] and not go_on.is_set():
                 there.set()
-                await asyncio.to_thread(go_on.wait, 120)
+                await asyncio.to_thread(go_on.wait, SECONDS)
 
         async def handle_RCPT(self, server, session, envelope, address, options):
             if moment == "before the message":
@@ -531,11 +527,11 @@ def test_killed_in_the_middle_nobody_gets_two_and_nobody_is_forgotten(database, 
     with Slow()() as catcher:
         child = subprocess.Popen([sys.executable, "-c", RUN, database.path, str(catcher.port), str(NOW), BASE])
         try:
-            assert there.wait(120)
+            assert there.wait(SECONDS)
             child.send_signal(signal.SIGKILL)
         finally:
             child.kill()
-            child.wait(60)
+            child.wait(SECONDS)
             go_on.set()
         report = deliver(database, catcher, now=NOW + 60)
         again = deliver(database, catcher, now=NOW + 120)
@@ -579,7 +575,7 @@ def test_what_is_claimed_or_sent_is_in_no_preview(database, tmp_path):
     one, two, _ = digests(database, "day", DAY)
     for made in (one, two):
         assert digest._claim(database, made, subscriptions.new_token(), NOW)
-    digest._settle(database, two, "", "sent")
+    digest._settle(database, two, "", "sent", "", NOW)
     add(database, 2)  # which the next issue tells them of
     (file,) = preview(database, "day", DAY, NOW, base=BASE, folder=tmp_path)
     assert CY in file.name

@@ -12,12 +12,14 @@ from datetime import datetime
 
 import numpy as np
 import pytest
+from waiting import SECONDS
 
 from perturbed.evidence import ledger
 from perturbed.evidence.verdict import VERDICT_VERSION, judge_record
-from perturbed.feed import catalogue, evidence
+from perturbed.feed import catalogue, evidence, verdicts
 from perturbed.feed.database import Database
-from perturbed.feed.evidence import Evidence, Short, Unreadable
+from perturbed.feed.evidence import Evidence, Unreadable
+from perturbed.feed.verdicts import Short
 
 NOW = 1_795_000_000.0
 COMMITTED = ledger.package_folder()
@@ -110,7 +112,7 @@ def verdict_of(database, slug):
 
 @pytest.mark.parametrize("slug", measured())
 def test_lists_show_the_newest_registered_verdict(slug):
-    newest, found = committed(slug)[-1], evidence.summary_of(slug)
+    newest, found = committed(slug)[-1], verdicts.summary_of(slug)
     assert (found.verdict, found.hash, found.own) == (newest["verdict"], newest["hash"], False)
     assert newest["primary"].replace("_", " ") in found.sentence
     assert newest["metric"].replace("_", " ") in found.sentence
@@ -121,7 +123,7 @@ def test_lists_show_the_newest_registered_verdict(slug):
 
 def test_what_was_never_measured_has_no_evidence(nothing):
     for slug in ("meco", "no-such-paper", "../../etc/passwd", "Größe", ""):
-        assert evidence.summary_of(slug) is None
+        assert verdicts.summary_of(slug) is None
         assert evidence.evidence(slug) is None
 
 
@@ -129,7 +131,7 @@ def test_every_verdict_is_told_with_the_same_things(nothing):
     own("meco", shift=1.0)
     own("vpt", shift=-1.0)
     own("prox", shift=0.0)
-    shorts = [evidence.summary_of(slug) for slug in ("meco", "vpt", "prox")]
+    shorts = [verdicts.summary_of(slug) for slug in ("meco", "vpt", "prox")]
     assert [short.verdict for short in shorts] == ["supported", "contradicted", "null"]
     assert all(short.sentence and short.spark and short.own for short in shorts)
     pages = [evidence.evidence(slug) for slug in ("meco", "vpt", "prox")]
@@ -142,14 +144,14 @@ def test_every_verdict_is_told_with_the_same_things(nothing):
 
 def test_the_sentence_says_which_way_the_metric_went(nothing):
     own("meco", shift=-1.0)
-    assert "bits lower with method than with control" in evidence.summary_of("meco").sentence
+    assert "bits lower with method than with control" in verdicts.summary_of("meco").sentence
 
 
 def test_a_diverged_study_says_so_without_an_effect(nothing):
     scores = record()["scores"]
     scores["method"]["3"] = None
     own(scores=scores)
-    found, page = evidence.summary_of("meco"), evidence.evidence("meco")
+    found, page = verdicts.summary_of("meco"), evidence.evidence("meco")
     assert (found.verdict, found.spark) == ("diverged", None)
     assert "seed 3" in found.sentence
     assert (page.effect, page.interval) == (None, None)
@@ -158,21 +160,21 @@ def test_a_diverged_study_says_so_without_an_effect(nothing):
 
 def test_lists_never_import_scipy_torch_or_matplotlib():
     code = (
-        "import sys; from perturbed.feed import catalogue, evidence\n"
-        "shown = [evidence.summary_of(item.slug) for item in catalogue.catalogue()]\n"
+        "import sys; from perturbed.feed import catalogue, verdicts\n"
+        "shown = [verdicts.summary_of(item.slug) for item in catalogue.catalogue()]\n"
         "print(sum(one is not None for one in shown) >= 8, "
         "[m for m in ('scipy', 'torch', 'matplotlib', 'transformers', 'perturbed.methods') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=True)
     assert done.stdout.strip() == "True []"
 
 
 def test_a_list_asked_for_again_reads_no_ledger(monkeypatch):
     slugs = [item.slug for item in catalogue.catalogue()]
-    first = [evidence.summary_of(slug) for slug in slugs]
+    first = [verdicts.summary_of(slug) for slug in slugs]
     monkeypatch.setattr(ledger, "read", None)  # to call it would raise, and the answer would say so
     started = time.process_time()
-    assert [evidence.summary_of(slug) for slug in slugs] == first
+    assert [verdicts.summary_of(slug) for slug in slugs] == first
     assert time.process_time() - started < 0.03
 
 
@@ -180,7 +182,7 @@ def test_a_record_of_other_rules_is_judged_anew(nothing):
     path = ledger.file_of(ledger.user_folder(), "meco")
     own(shift=1.0)
     rewrite(path, lambda old: old.update(verdict="contradicted", verdict_version=VERDICT_VERSION + 1), seal=True)
-    assert evidence.summary_of("meco").verdict == "supported"
+    assert verdicts.summary_of("meco").verdict == "supported"
 
 
 # --- the whole of it
@@ -223,10 +225,10 @@ def test_earlier_records_and_other_scales_are_history():
 
 
 def test_the_users_own_run_stands_beside_committed_evidence_and_not_in_its_place(package, database):
-    evidence.sync(database, NOW)
+    verdicts.sync(database, NOW)
     before = findings(database)
     mine = own("ul2", shift=5.0)
-    assert evidence.sync(database, NOW + 1) == 0
+    assert verdicts.sync(database, NOW + 1) == 0
     assert (verdict_of(database, "ul2"), findings(database)) == ("contradicted", before)
     page = evidence.evidence("ul2")
     assert (page.verdict.word, page.own) == ("contradicted", False)
@@ -236,9 +238,9 @@ def test_the_users_own_run_stands_beside_committed_evidence_and_not_in_its_place
 def test_changed_and_smoke_runs_are_no_evidence(nothing, database):
     own(registered=False)
     own(scale="smoke", seeds=1)
-    assert evidence.summary_of("meco") is None
+    assert verdicts.summary_of("meco") is None
     assert evidence.evidence("meco") is None
-    assert evidence.sync(database, NOW) == 0
+    assert verdicts.sync(database, NOW) == 0
     assert verdict_of(database, "meco") is None
     kept = own()
     own(registered=False, shift=-1.0)
@@ -263,10 +265,10 @@ def test_changed_and_smoke_runs_are_no_evidence(nothing, database):
 )
 def test_a_damaged_ledger_is_told_at_its_paper_and_touches_no_other(package, database, damage, reason):
     path = package / "hubble.jsonl"
-    evidence.sync(database, NOW)
+    verdicts.sync(database, NOW)
     assert verdict_of(database, "hubble") == "supported"
     damage(path)
-    short = evidence.summary_of("hubble")
+    short = verdicts.summary_of("hubble")
     assert (short.verdict, short.spark, short.hash) == ("unreadable", None, None)
     assert short.sentence.startswith("The evidence could not be read: ")
     assert reason in short.problem
@@ -274,9 +276,9 @@ def test_a_damaged_ledger_is_told_at_its_paper_and_touches_no_other(package, dat
     assert isinstance(page, Unreadable)
     assert reason in page.problem or page.problem.startswith("the record of 'hubble'")
     assert "x" not in page.figures
-    assert evidence.summary_of("pag").verdict == "inconclusive"
+    assert verdicts.summary_of("pag").verdict == "inconclusive"
     assert isinstance(evidence.evidence("pag"), Evidence)
-    assert evidence.sync(database, NOW + 1) == 0
+    assert verdicts.sync(database, NOW + 1) == 0
     assert verdict_of(database, "hubble") is None
     assert verdict_of(database, "pag") == "inconclusive"
 
@@ -284,7 +286,7 @@ def test_a_damaged_ledger_is_told_at_its_paper_and_touches_no_other(package, dat
 def test_a_resealed_score_is_found_when_the_page_recomputes(package):
     rewrite(package / "hubble.jsonl", lift, line=0, seal=True)
     assert committed("hubble")[-1]["hash"] not in (package / "hubble.jsonl").read_text()
-    assert isinstance(evidence.summary_of("hubble"), Short)
+    assert isinstance(verdicts.summary_of("hubble"), Short)
     page = evidence.evidence("hubble")
     assert isinstance(page, Unreadable)
     assert "does not follow from its scores" in page.problem
@@ -294,7 +296,7 @@ def test_a_resealed_score_is_found_when_the_page_recomputes(package):
 def test_a_damaged_ledger_of_the_user_leaves_committed_evidence(package):
     own("ul2")
     rewrite(ledger.file_of(ledger.user_folder(), "ul2"), lift)
-    assert evidence.summary_of("ul2").verdict == "contradicted"
+    assert verdicts.summary_of("ul2").verdict == "contradicted"
     page = evidence.evidence("ul2")
     assert page.verdict.word == "contradicted"
     assert "does not match its hash" in page.notes[0]
@@ -316,23 +318,23 @@ def test_a_line_that_a_crash_cut_off_leaves_the_records_before_it(nothing):
     with path.open("a", encoding="utf-8") as file:
         file.write('{"schema":1,"slug":"me')
     with pytest.warns(ledger.TornLineWarning):
-        assert evidence.summary_of("meco").verdict == "supported"
+        assert verdicts.summary_of("meco").verdict == "supported"
 
 
 def test_a_ledger_that_was_mended_is_read_again(package):
     path = package / "hubble.jsonl"
     whole = path.read_bytes()
     rewrite(path, lift)
-    assert evidence.summary_of("hubble").verdict == "unreadable"
+    assert verdicts.summary_of("hubble").verdict == "unreadable"
     path.write_bytes(whole)
-    assert evidence.summary_of("hubble").verdict == "supported"
+    assert verdicts.summary_of("hubble").verdict == "supported"
 
 
 # --- findings
 
 
 def test_a_verdict_is_a_finding_when_it_comes_and_when_it_changes(database):
-    evidence.sync(database, NOW)
+    verdicts.sync(database, NOW)
     found = {row["record"]: row for row in findings(database)}
     for slug in measured():
         before = None
@@ -352,22 +354,22 @@ def test_a_verdict_is_a_finding_when_it_comes_and_when_it_changes(database):
 
 
 def test_a_second_sync_writes_nothing_and_reads_no_ledger(database, monkeypatch):
-    evidence.sync(database, NOW)
+    verdicts.sync(database, NOW)
     before, written = findings(database), database.read().total_changes
     monkeypatch.setattr(ledger, "read", None)
     started = time.process_time()
-    assert evidence.sync(database, NOW + 60) == 0
+    assert verdicts.sync(database, NOW + 60) == 0
     assert time.process_time() - started < 0.05
     assert (findings(database), database.read().total_changes) == (before, written)
 
 
 def test_a_new_record_in_the_users_ledger_is_a_finding_and_the_papers_verdict(nothing, database):
-    assert evidence.sync(database, NOW) == 0
+    assert verdicts.sync(database, NOW) == 0
     first = own(shift=1.0)
-    assert evidence.sync(database, NOW + 1) == 1
+    assert verdicts.sync(database, NOW + 1) == 1
     assert verdict_of(database, "meco") == "supported"
     second = own(shift=0.0, started="2026-11-21T10:00:00+00:00")
-    assert evidence.sync(database, NOW + 2) == 1
+    assert verdicts.sync(database, NOW + 2) == 1
     assert verdict_of(database, "meco") == "null"
     assert [row["record"] for row in findings(database)] == [first["hash"], second["hash"]]
     assert [row["verdict"] for row in findings(database)] == ["supported", "null"]
@@ -377,28 +379,28 @@ def test_a_new_record_in_the_users_ledger_is_a_finding_and_the_papers_verdict(no
 
 
 def test_a_new_record_of_the_package_is_a_finding_too(package, database):
-    evidence.sync(database, NOW)
+    verdicts.sync(database, NOW)
     before = len(findings(database))
     new = ledger.append(package / "pag.jsonl", record("pag", shift=-1.0))
-    assert evidence.sync(database, NOW + 1) == 1
+    assert verdicts.sync(database, NOW + 1) == 1
     assert findings(database)[before:][0]["record"] == new["hash"]
-    assert verdict_of(database, "pag") == evidence.summary_of("pag").verdict == "contradicted"
+    assert verdict_of(database, "pag") == verdicts.summary_of("pag").verdict == "contradicted"
 
 
 def test_papers_that_are_not_there_yet_are_not_forgotten(tmp_path):
     base = Database(tmp_path / "empty.sqlite")
-    assert evidence.sync(base, NOW) == 0
+    assert verdicts.sync(base, NOW) == 0
     catalogue.seed(base, NOW)
-    assert evidence.sync(base, NOW) >= 8
+    assert verdicts.sync(base, NOW) >= 8
     base.close()
 
 
 def test_evidence_that_is_gone_takes_its_verdict_along(package, database):
-    evidence.sync(database, NOW)
+    verdicts.sync(database, NOW)
     (package / "ul2.jsonl").unlink()
-    evidence.sync(database, NOW + 1)
+    verdicts.sync(database, NOW + 1)
     assert verdict_of(database, "ul2") is None
-    assert evidence.summary_of("ul2") is None
+    assert verdicts.summary_of("ul2") is None
 
 
 # --- figures
@@ -428,7 +430,7 @@ def test_a_figure_of_names_with_markup_is_still_xml(nothing):
     assert set(page.figures) == {"scores", "differences", "curve-0"}
     for svg in page.figures.values():
         assert not list(ET.fromstring(svg).iter("c"))
-    assert ET.fromstring(evidence.summary_of("meco").spark) is not None
+    assert ET.fromstring(verdicts.summary_of("meco").spark) is not None
 
 
 def test_arms_that_were_combined_have_their_interaction(nothing):
@@ -457,7 +459,7 @@ def test_two_threads_draw_what_one_draws(package, tmp_path, monkeypatch):
         threads.append(threading.Thread(target=lambda name=name: drawn.update({name: page.figures[name]})))
         threads[-1].start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=SECONDS)
     assert drawn == alone
     assert list((tmp_path / "other" / "cache" / "feed-figures").glob("*.svg"))
 

@@ -15,13 +15,6 @@ from perturbed.feed.papers import Paper
 PROMISED = ["title", "published", "authors", "comments", "upvotes", "arxiv"]
 
 
-@pytest.fixture
-def database(tmp_path):
-    opened = Database(tmp_path / "feed.sqlite")
-    yield opened
-    opened.close()
-
-
 def add(database, *papers):
     with database.write() as connection:
         return [store.upsert(connection, paper, 1.0).paper for paper in papers]

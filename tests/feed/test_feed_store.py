@@ -16,13 +16,6 @@ from perturbed.feed.store import Change, upsert
 
 
 @pytest.fixture
-def database(tmp_path):
-    opened = Database(tmp_path / "feed.sqlite")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def connection(database):
     with database.write() as inside:
         yield inside

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import recorded_server as recorded
+from waiting import SECONDS
 
 from perturbed.errors import PerturbedError
 from perturbed.feed.database import Database
@@ -46,11 +47,6 @@ Sep 9, 2024
 """
 SAVED = date(2025, 11, 17)
 NOW = datetime(2025, 11, 20, tzinfo=UTC).timestamp()
-
-
-@pytest.fixture
-def database(tmp_path):
-    return Database(tmp_path / "feed.sqlite")
 
 
 @pytest.fixture
@@ -395,7 +391,7 @@ def child(path, server, deadly=0):
 
 
 def ended(process):
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=SECONDS)
     return process.returncode, errors
 
 
@@ -427,7 +423,7 @@ def test_killed_between_two_pages_it_goes_on_with_the_same_result(tmp_path, unbr
         def kill(number):
             if number == request_number:
                 os.kill(process.pid, signal.SIGKILL)
-                process.wait(20)
+                process.wait(SECONDS)
 
         server.before = kill
         assert ended(process)[0] == -signal.SIGKILL
@@ -471,7 +467,7 @@ def test_an_import_that_was_killed_is_imported_again_without_harm(tmp_path):
         + "harvest.import_file(Database(path), Path(sys.argv[5]), saved_on=None, now=now)"
     )
     arguments = [sys.executable, "-c", command, str(path), "0", "1.0", "700", str(file)]
-    assert subprocess.run(arguments, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(arguments, timeout=SECONDS).returncode == -signal.SIGKILL
     database = Database(path)
     assert len(papers(database)) == 500
     report = import_file(database, file, saved_on=None, now=2.0)

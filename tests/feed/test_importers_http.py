@@ -8,6 +8,7 @@ from email.utils import formatdate
 
 import pytest
 import recorded_server as recorded
+from waiting import SECONDS
 
 from perturbed.feed.database import Database
 from perturbed.feed.importers import atom, http
@@ -43,11 +44,6 @@ def clock():
 def server():
     with recorded.RecordedServer().running() as running:
         yield running
-
-
-@pytest.fixture
-def database(tmp_path):
-    return Database(tmp_path / "feed.sqlite")
 
 
 @pytest.fixture
@@ -378,7 +374,7 @@ def test_tls_is_checked_against_the_name_and_not_the_address(tmp_path, monkeypat
     made = tmp_path / "cert.pem"
     command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN={name} -addext subjectAltName=DNS:{name}"
     subprocess.run(
-        [*command.split(), "-keyout", made, "-out", tmp_path / "c"], check=True, capture_output=True, timeout=60
+        [*command.split(), "-keyout", made, "-out", tmp_path / "c"], check=True, capture_output=True, timeout=SECONDS
     )
     made.write_text(made.read_text() + (tmp_path / "c").read_text())
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "c"))
@@ -410,7 +406,7 @@ def test_too_slow_an_answer_is_cut_off(make, server, fault):
     began = time.monotonic()
     with pytest.raises(Refused, match=r"no whole answer in 0.4 s"):
         make(most_seconds=0.4).read(FIRST, atom.read)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20  # the whole answer would take 30
 
 
 def test_a_packed_answer_is_refused(make, server):

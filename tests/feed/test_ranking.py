@@ -6,20 +6,12 @@ from datetime import UTC, date, datetime, timedelta
 import pytest
 
 from perturbed.feed import ranking, store
-from perturbed.feed.database import Database
 from perturbed.feed.papers import Paper
 from perturbed.feed.ranking import FORMULA, score, trending
 
 DAY = date(2025, 11, 17)
 NOW = datetime(2025, 11, 17, tzinfo=UTC).timestamp()
 SECONDS = 86400.0
-
-
-@pytest.fixture
-def database(tmp_path):
-    opened = Database(tmp_path / "feed.sqlite")
-    yield opened
-    opened.close()
 
 
 def add(connection, title, back=0, **facts):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from perturbed.feed import search as searching
 from perturbed.feed import store
-from perturbed.feed.database import Database
 from perturbed.feed.meaning import keep
 from perturbed.feed.papers import SITES, Paper
 from perturbed.feed.schema import TOKENIZER
@@ -23,13 +22,6 @@ PAPERS = {
     "C++ kernels for attention": "Fast code that reads memory once, written by Zoë Núñez.",
     "Rotating stars": "Photometry of distant suns and their periods.",
 }
-
-
-@pytest.fixture
-def database(tmp_path):
-    opened = Database(tmp_path / "feed.sqlite")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

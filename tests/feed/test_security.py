@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
+from waiting import SECONDS
 from web_parts import (
     HERE,
     NOW,
@@ -205,6 +206,8 @@ def test_the_form_token_of_another_session_does_not_serve(app):
 CHANGES = {
     "/papers/2511.09001/vote": {},
     "/papers/2511.09001/comments": {"body": "hello"},
+    "/papers/2511.09001/comments/1/delete": {},
+    "/subscribers/1/again": {},
     "/runs": {"slug": "pag", "scale": "smoke"},
     "/runs/1/cancel": {},
     "/import": {"saved_on": "2025-11-17"},
@@ -216,6 +219,7 @@ CHANGES = {
 def test_visitors_change_nothing(tmp_path, public):
     app = app_of(tmp_path, public_url=public)
     add(app, *papers())
+    post(owner(app, public or HERE), "/papers/2511.09001/comments", {"body": "The owner's own."})
     client = visitor(app, public or HERE, **OURS)
     before = dump(app)
     for address, data in CHANGES.items():
@@ -423,7 +427,7 @@ def test_a_body_that_does_not_come_is_given_up(app, monkeypatch):
         answers = []
 
         async def receive():
-            await anyio.sleep(30)
+            await anyio.sleep(600)
 
         async def send(message):
             answers.append(message)
@@ -441,7 +445,7 @@ def test_a_body_that_does_not_come_is_given_up(app, monkeypatch):
             "root_path": "",
             "http_version": "1.1",
         }
-        with anyio.fail_after(10):
+        with anyio.fail_after(SECONDS):
             await app(scope, receive, send)
         return answers[0]["status"]
 
@@ -464,6 +468,7 @@ def test_get_changes_nothing(app):
     client = owner(app)
     app.state.limiter.wait = lambda *_: 0.0
     post(client, "/papers/2511.09001/vote")
+    post(client, "/papers/2511.09001/comments", {"body": "To stay."})
     post(client, "/runs", {"slug": "pag", "scale": "smoke"})
     before = dump(app)
     waiting, seen = ["/", "/settings", "/runs/1", "/papers/2511.09001", "/day/2025-11-17"], set()
@@ -481,6 +486,7 @@ def test_get_changes_nothing(app):
             waiting += links(answer.text)
     assert len(seen) > 100
     assert {"/papers/2511.09001/vote", "/runs/1/cancel", "/import"} <= seen
+    assert {"/papers/2511.09001/comments/1/delete", "/subscribers/1/again"} <= seen
     assert dump(app) == before
 
 

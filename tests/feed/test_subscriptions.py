@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from contextlib import closing
 
 import pytest
 from mail_parts import BASE, HOUR, NOW, Catcher, add, dump, html_of, link_of, self_signed, text_of
@@ -9,16 +10,10 @@ from mail_parts import BASE, HOUR, NOW, Catcher, add, dump, html_of, link_of, se
 from perturbed.feed import mail, subscriptions
 from perturbed.feed.database import Database
 from perturbed.feed.mail import MailError
+from perturbed.feed.schema import STEPS
 from perturbed.feed.subscriptions import SubscriptionError, Wants, ask, confirm, look, unsubscribe
 
 ANN = "ann@example.org"
-
-
-@pytest.fixture
-def database(tmp_path):
-    made = Database(tmp_path / "feed.sqlite")
-    yield made
-    made.close()
 
 
 def state(database, address=ANN):
@@ -279,11 +274,80 @@ def test_ending_takes_an_open_change_back(database):
 def test_a_suppressed_address_stays_so(database):
     token = ask(database, ANN, Wants(), "day", NOW).token
     with database.write() as connection:
-        subscriptions.suppress(connection, subscriber(database)["id"])
+        subscriptions.suppress(connection, subscriber(database)["id"], "550 no such user", NOW)
     assert confirm(database, token, NOW) is None
     assert ask(database, ANN, Wants(), "day", NOW + 100 * HOUR).token is None
     assert unsubscribe(database, unsubscribe_token(database))
     assert state(database) == "suppressed"
+
+
+def suppressed(database):
+    return [(one.address, one.since, one.words) for one in subscriptions.suppressed(database.read())]
+
+
+def test_a_refused_address_is_listed_with_the_servers_words(database):
+    with Catcher(refuse_rcpt={ANN: "550 5.1.1 no\u202e such <b>user</b>"})() as catcher:
+        invite(database, catcher)
+    ask(database, "bo@example.org", Wants(), "day", NOW)
+    assert suppressed(database) == [(ANN, NOW, "550 5.1.1 no such <b>user</b>")]
+
+
+def test_an_address_that_may_be_asked_again_has_to_confirm_again(database):
+    confirm(database, ask(database, ANN, Wants(query="old"), "day", NOW).token, NOW)
+    left = unsubscribe_token(database)
+    with database.write() as connection:
+        subscriptions.suppress(connection, subscriber(database)["id"], "550 gone", NOW)
+    number = subscriber(database)["id"]
+    assert subscriptions.allow_again(database, number)
+    assert suppressed(database) == []
+    assert state(database) == "unsubscribed"  # which gets nothing
+    assert not subscriptions.allow_again(database, number)
+    token = ask(database, ANN, Wants(query="new"), "week", NOW + 1).token
+    assert token, "the hour since the last asking is not waited for"
+    assert state(database) == "unsubscribed"
+    assert confirm(database, token, NOW + 2).wants == Wants(query="new")
+    row = subscriber(database)
+    assert (row["state"], row["refused"], row["refusal"]) == ("confirmed", None, None)
+    assert unsubscribe(database, left)  # the links in earlier mails stay good
+
+
+def test_one_that_never_confirmed_is_forgotten_when_it_may_be_asked_again(database):
+    with Catcher(refuse_rcpt={ANN: "550 5.1.1 no such user"})() as catcher:
+        invite(database, catcher)
+    assert subscriptions.allow_again(database, subscriber(database)["id"])
+    assert state(database) is None
+    with Catcher()() as catcher:
+        assert invite(database, catcher, now=NOW + 1) == "sent"
+    assert state(database) == "pending"
+
+
+@pytest.mark.parametrize("was", ["pending", "confirmed", "unsubscribed"])
+def test_only_a_suppressed_address_is_changed(database, was):
+    ask(database, ANN, Wants(), "day", NOW)
+    with database.write() as connection:
+        connection.execute("UPDATE subscriber SET state = ?", (was,))
+    before = dump(database)
+    assert not subscriptions.allow_again(database, subscriber(database)["id"])
+    assert not subscriptions.allow_again(database, 999)
+    assert dump(database) == before
+
+
+def test_addresses_refused_before_the_words_were_kept_are_listed_too(tmp_path, monkeypatch):
+    """A file of the first version, with a suppressed address in it."""
+    path = tmp_path / "old.sqlite"
+    with monkeypatch.context() as old:
+        old.setattr("perturbed.feed.database.STEPS", STEPS[:1])
+        first = Database(path)
+        with first.write() as connection:
+            connection.execute(
+                "INSERT INTO subscriber (address, state, every, wants, created, asked) VALUES (?, ?, ?, ?, ?, ?)",
+                (ANN, "suppressed", "day", Wants().as_json(), NOW, NOW),
+            )
+        first.close()
+    with closing(Database(path)) as database:
+        assert suppressed(database) == [(ANN, None, "")]
+        assert subscriptions.allow_again(database, subscriber(database)["id"])
+    assert path.with_name("old.sqlite.v1.backup").exists()
 
 
 def test_counts_by_state(database):

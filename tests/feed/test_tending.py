@@ -3,9 +3,10 @@
 import time
 
 import pytest
+from waiting import until
 from web_parts import app_of, visitor
 
-from perturbed.feed import evidence
+from perturbed.feed import verdicts
 from perturbed.feed.web import app as module
 
 
@@ -15,13 +16,6 @@ def app(tmp_path, monkeypatch):
     made = app_of(tmp_path)
     yield made
     made.state.feed.database.close()
-
-
-def until(happened):
-    deadline = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), KeyError("another")])
@@ -34,7 +28,7 @@ def test_a_failure_is_logged_and_tried_again(app, monkeypatch, caplog, error):
             raise error
         return 0
 
-    monkeypatch.setattr(evidence, "sync", sync)
+    monkeypatch.setattr(verdicts, "sync", sync)
     with visitor(app) as client:
         until(lambda: len(looks) > 4)
         assert client.get("/about").status_code == 200

@@ -9,12 +9,14 @@ import sqlite3
 from datetime import date
 from html import unescape
 
+import lxml.html
 import pytest
 from web_parts import NOW, add, app_of, card, form_token, links, owner, papers, post, record, visitor
 
 from perturbed.evidence.report import KINDS
 from perturbed.feed import ranking, store
 from perturbed.feed.catalogue import catalogue
+from perturbed.feed.knobs import Field
 from perturbed.feed.papers import SITES, Paper
 from perturbed.feed.web.app import _tend
 from perturbed.feed.web.browse import PER_PAGE
@@ -344,6 +346,77 @@ def test_comments_are_plain_text(app):
     assert post(client, "/papers/nothing/comments", {"body": "x"}).status_code == 404
 
 
+def comments(app):
+    return [tuple(row) for row in app.state.feed.database.read().execute("SELECT id, body FROM comment ORDER BY id")]
+
+
+def test_a_comment_is_deleted_where_it_stands(app):
+    add(app, *papers())
+    client = owner(app)
+    for body in ("First.", "Second.", "Third."):
+        post(client, "/papers/2511.09001/comments", {"body": body})
+    shown = client.get("/papers/2511.09001").text
+    addresses = [f"/papers/2511.09001/comments/{number}/delete" for number in (1, 2, 3)]
+    assert re.findall(r'action="(/papers/[^"]*/delete)"', shown) == addresses
+    # The button is folded away: a second deliberate act, without a script.
+    for part in re.findall(r'<details class="delete">.*?</details>', shown, re.DOTALL):
+        assert " open" not in part.partition(">")[0]
+        assert re.search(r'<summary>Delete.*</summary>\s*<form method="post" .*name="csrf".*<button', part, re.DOTALL)
+    for _ in range(2):  # pressed twice it is no mistake
+        answer = post(client, addresses[1])
+        assert (answer.status_code, answer.headers["location"]) == (303, "/papers/2511.09001#comments")
+        assert comments(app) == [(1, "First."), (3, "Third.")]
+    assert "Second." not in client.get("/papers/2511.09001").text
+    assert post(client, "/papers/2511.09001/comments/99999999999999999999/delete").status_code == 400
+    assert post(client, "/papers/nothing/comments/1/delete").status_code == 404
+
+
+def test_only_an_own_comment_is_deleted_and_only_by_its_papers_address(app):
+    first, _, _ = add(app, *papers())
+    with app.state.feed.database.write() as connection:
+        store.comment(connection, first, "somebody else", "Not the owner's.", NOW)
+        store.comment(connection, first, "owner", "Mine.", NOW)
+    client = owner(app)
+    shown = client.get("/papers/2511.09001").text
+    assert re.findall(r'action="(/papers/[^"]*/delete)"', shown) == ["/papers/2511.09001/comments/2/delete"]
+    post(client, "/papers/2511.09001/comments/1/delete")
+    post(client, "/papers/2511.09002/comments/2/delete")
+    assert comments(app) == [(1, "Not the owner's."), (2, "Mine.")]
+
+
+def test_visitors_delete_no_comment_and_see_no_button(app):
+    add(app, *papers())
+    post(owner(app), "/papers/2511.09001/comments", {"body": "To stay."})
+    client = visitor(app, **{"Sec-Fetch-Site": "same-origin"})
+    shown = client.get("/papers/2511.09001").text
+    assert "To stay." in shown
+    assert "/delete" not in shown
+    assert client.post("/papers/2511.09001/comments/1/delete").status_code == 403
+    for each in (client, owner(app)):
+        for method in ("GET", "HEAD"):
+            assert each.request(method, "/papers/2511.09001/comments/1/delete").status_code in (404, 405)
+    assert comments(app) == [(1, "To stay.")]
+
+
+def test_each_field_is_tied_to_its_explanation_and_its_bounds(app, monkeypatch):
+    fields = [
+        Field("density", 0, 1, about="share of ``these`` & <those>."),
+        Field("rank", 0, 128, whole=True, about="how many."),
+        Field("mute", 0.5, 2),
+    ]
+    monkeypatch.setattr(app.state.feed.runs, "fields", lambda slug: fields)
+    shown = lxml.html.fromstring(owner(app).get(f"/papers/{card('sltrain').arxiv}").text)
+    said = {}
+    for box in shown.xpath("//input[starts-with(@name, 'set.')]"):
+        parts = [shown.get_element_by_id(part).text_content() for part in box.get("aria-describedby").split()]
+        said[box.get("name").removeprefix("set.")] = box.get("step"), parts
+    assert said == {
+        "density": ("any", ["share of these & <those>.", "0 to 1"]),
+        "rank": ("1", ["how many.", "a whole number, 0 to 128"]),
+        "mute": ("any", ["0.5 to 2"]),
+    }
+
+
 def test_running_a_study_is_asked_for_with_bounded_fields(app):
     item, client = card("sltrain"), owner(app)
     text = client.get(f"/papers/{item.arxiv}").text
@@ -588,7 +661,7 @@ def test_what_is_wrong_with_the_database_is_logged_once_and_not_every_ten_second
     (tmp_path / "feed.sqlite").rename(tmp_path / "away")
     rounds = itertools.count()
     monkeypatch.setattr("perturbed.feed.web.app._EVERY", 0.0)
-    monkeypatch.setattr("perturbed.feed.evidence.sync", lambda database, now: (next(rounds), database.read()))
+    monkeypatch.setattr("perturbed.feed.verdicts.sync", lambda database, now: (next(rounds), database.read()))
 
     async def some_rounds():
         with contextlib.suppress(TimeoutError):

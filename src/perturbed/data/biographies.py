@@ -117,7 +117,7 @@ class BiographyInsertions:
         candidates: codes that a measure of the same population compares.
         codes: ``scored`` inserts the codes that are measured, ``other`` the same lines with codes that are not.
         begin: share of the steps before the first insertion.
-        end: share of the steps at the last.
+        end: share of the steps at the last one.
         stage: glob of the stages to act in.
     """
 

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode
 
 from markupsafe import Markup
 
-from perturbed.feed import evidence, store
+from perturbed.feed import store, verdicts
 from perturbed.feed.papers import paper_path
 from perturbed.feed.store import Entry
 from perturbed.feed.web.pages import outside
@@ -196,7 +196,7 @@ def _told(verdict: str, sentence: str) -> Markup:
 
 
 def _sentence(slug: str) -> str:
-    found = evidence.summary_of(slug)
+    found = verdicts.summary_of(slug)
     return found.sentence if found is not None else ""
 
 

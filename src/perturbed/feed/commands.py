@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,16 +39,46 @@ def opened(where: Path | None) -> Database:
     return filled(Database(where))
 
 
+def existing(where: Path | None) -> Path | None:
+    """The same file, for a command that has no use for a new one.
+
+    Raises:
+        PerturbedError: A file was named, and there is none.
+    """
+    if where is None:
+        return None
+    try:
+        where.stat()
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise PerturbedError(
+            f"--database {where}: there is no such file{nearest_file(where)} "
+            "(`perturbed feed import`, `perturbed feed update` and `perturbed serve` make a new one)"
+        ) from e
+    except OSError:
+        pass  # to open it will say why that is not possible
+    return where
+
+
+def nearest_file(where: Path) -> str:
+    """A clause that names the file of its folder which was probably meant, or nothing."""
+    with suppress(OSError):
+        names = [path.name for path in where.parent.iterdir() if path.is_file()]
+        own = [name for name in names if not name.endswith(("-wal", "-shm", ".lock"))]  # what SQLite and runs put there
+        for near in difflib.get_close_matches(where.name, sorted(own), n=1):
+            return f"; did you mean {where.with_name(near)}?"
+    return ""
+
+
 def filled(database: Database) -> Database:
     """The same database with the catalogue and the newest verdicts in it."""
     import sqlite3
 
-    from perturbed.feed import catalogue, evidence
+    from perturbed.feed import catalogue, verdicts
     from perturbed.feed.database import DatabaseError, damaged
 
     try:
         catalogue.seed(database, time.time())
-        evidence.sync(database, time.time())
+        verdicts.sync(database, time.time())
         database.read().execute("SELECT count(*) FROM paper").fetchone()
     except sqlite3.OperationalError as e:
         raise DatabaseError(f"{database.path}: {e}; make room, or choose another with --database") from e
@@ -142,7 +173,7 @@ def search(
     from perturbed.feed import search as searching
     from perturbed.feed.meaning import Meaning
 
-    store = opened(database)
+    store = opened(existing(database))
     with closing(Meaning(store, patience=60)) as meaning:
         if not words:
             embed(meaning)
@@ -197,7 +228,7 @@ def export(
     from perturbed.feed import export as exporting
     from perturbed.feed.database import Database, DatabaseError, default_path
 
-    path = database or default_path()
+    path = existing(database) or default_path()
     unread: list[int] | None = None
     try:
         # Before anything is written to it: a damaged file is to be read, not changed.
@@ -251,7 +282,7 @@ def subscribe(
     wants = subscriptions.Wants(query=topic, sites=tuple(site or ()), papers=not evidence)
     subscriptions.normalised(address)  # what is wrong with it is said before what is wrong with the server
     fate = subscriptions.invite(
-        opened(database), address, wants, span(every), time.time(), to=mail.needed(), base=public_url
+        opened(existing(database)), address, wants, span(every), time.time(), to=mail.needed(), base=public_url
     )
     told = "asked to confirm" if fate == "sent" else fate or "was asked within the last hour; nothing was mailed"
     print(f"{address}: {told}")
@@ -275,7 +306,7 @@ def digest(
     sandbox.keep_to_oneself()  # the environment may hold the password of the mail server
     often = span(every)
     day = day_of("--on", on) or datetime.now(UTC).date() - timedelta(days=1 if often == "day" else 7)
-    store, now = opened(database), time.time()
+    store, now = opened(existing(database)), time.time()
     if dry_run:
         made = digests.preview(store, often, day, now, base=public_url, folder=out)
         if not made:

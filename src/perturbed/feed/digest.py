@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from perturbed.errors import PerturbedError
-from perturbed.feed import evidence, mail, store, topics
+from perturbed.feed import mail, store, topics, verdicts
 from perturbed.feed.database import Database
 from perturbed.feed.mail import Fate, MailError, Server
 from perturbed.feed.papers import paper_path
@@ -344,7 +344,7 @@ class _Issue:
 
 
 def _sentence(entry: Entry) -> str:
-    found = evidence.summary_of(entry.slug) if entry.slug else None
+    found = verdicts.summary_of(entry.slug) if entry.slug else None
     return found.sentence if found is not None else ""
 
 
@@ -385,7 +385,7 @@ async def _send_one(
     if not _claim(database, digest, token, now):
         return  # ended, or claimed by another process, since it was made
     fate, why = await mail.deliver(client, message, digest.address)
-    _settle(database, digest, token, fate)
+    _settle(database, digest, token, fate, why, now)
     if fate == "sent":
         report.sent.append(digest.address)
     else:
@@ -411,7 +411,7 @@ def _claim(database: Database, digest: Digest, token: str, now: float) -> bool:
     return bool(claimed)
 
 
-def _settle(database: Database, digest: Digest, token: str, fate: Fate) -> None:
+def _settle(database: Database, digest: Digest, token: str, fate: Fate, why: str, now: float) -> None:
     row = (digest.subscriber, digest.issue)
     with database.write() as connection:
         if fate == "later":
@@ -421,7 +421,7 @@ def _settle(database: Database, digest: Digest, token: str, fate: Fate) -> None:
             state = "sent" if fate == "sent" else "refused"
             connection.execute("UPDATE delivery SET state = ? WHERE subscriber = ? AND issue = ?", (state, *row))
         if fate == "no such address":
-            suppress(connection, digest.subscriber)
+            suppress(connection, digest.subscriber, why, now)
 
 
 def _uncertain(connection: sqlite3.Connection, now: float) -> list[tuple[str, str]]:

@@ -58,6 +58,10 @@ class Paper:
     upvotes: int | None = None
     comments: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.authors:
+            object.__setattr__(self, "author_count", len(self.authors))
+
     @property
     def key(self) -> str:
         """What names the paper in an address: the arXiv identifier, else a hash of the title."""

@@ -324,7 +324,7 @@ class Runs:
 
     def _tell(self) -> None:
         """Bring the feed's verdicts up to what the ledgers now hold."""
-        from perturbed.feed.evidence import sync
+        from perturbed.feed.verdicts import sync
 
         with contextlib.suppress(PerturbedError, sqlite3.Error, OSError):  # the next sync says it where it is shown
             sync(self._database, self._clock())

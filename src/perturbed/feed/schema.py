@@ -31,7 +31,7 @@ CREATE TABLE paper (
     ranks TEXT NOT NULL DEFAULT '',      -- how far each field's source is believed: see store
     source_upvotes INTEGER,
     source_comments INTEGER,
-    verdict TEXT,                        -- of the newest registered evidence, kept by evidence.sync
+    verdict TEXT,                        -- of the newest registered evidence, kept by verdicts.sync
     has_method INTEGER NOT NULL DEFAULT 0,
     first_seen REAL NOT NULL,            -- seconds since 1970, as all times here
     changed REAL NOT NULL,
@@ -194,4 +194,9 @@ CREATE TABLE run (
 CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
-STEPS = (_FIRST,)
+_REFUSALS = """
+ALTER TABLE subscriber ADD COLUMN refused REAL;  -- when a mail server said for good that there is no such address
+ALTER TABLE subscriber ADD COLUMN refusal TEXT;  -- and its words
+"""
+
+STEPS = (_FIRST, _REFUSALS)

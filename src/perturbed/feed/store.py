@@ -278,6 +278,12 @@ def comment(connection: sqlite3.Connection, paper: int, author: str, body: str, 
     return int(done.lastrowid or 0)
 
 
+def uncomment(connection: sqlite3.Connection, paper: int, author: str, comment: int) -> bool:
+    """Delete an author's own comment on a paper; whether there was one."""
+    done = connection.execute("DELETE FROM comment WHERE id = ? AND paper = ? AND author = ?", (comment, paper, author))
+    return done.rowcount == 1
+
+
 def comments_of(connection: sqlite3.Connection, paper: int) -> list[Comment]:
     """The comments on a paper, oldest first."""
     rows = connection.execute("SELECT id, author, body, at FROM comment WHERE paper = ? ORDER BY at, id", (paper,))

@@ -28,7 +28,7 @@ from perturbed.errors import PerturbedError, nearest
 from perturbed.feed import mail
 from perturbed.feed.database import Database
 from perturbed.feed.mail import Fate, Server
-from perturbed.feed.papers import SITES, spaced
+from perturbed.feed.papers import SITES, printed, spaced
 
 Every = Literal["day", "week"]
 Purpose = Literal["confirm", "unsubscribe"]
@@ -111,6 +111,23 @@ class Outcome:
 
     address: str
     token: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suppressed:
+    """An address that gets no mail any more, because a mail server said that there is none.
+
+    Args:
+        subscriber: The row.
+        address: Normalised.
+        since: Seconds since 1970; None for one from before that was kept.
+        words: The server's; empty where they were not kept.
+    """
+
+    subscriber: int
+    address: str
+    since: float | None
+    words: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +223,7 @@ def invite(
         return None
     message = invitation(outcome.address, outcome.token, Subscription(wants=wants, every=every), to.sender, now, base)
     try:
-        fate, _ = asyncio.run(mail.send_one(to, message, outcome.address))
+        fate, words = asyncio.run(mail.send_one(to, message, outcome.address))
     except BaseException:
         _take_back(database, outcome.token)
         raise
@@ -215,7 +232,7 @@ def invite(
     elif fate == "no such address":
         with database.write() as connection:
             row = connection.execute("SELECT id FROM subscriber WHERE address = ?", (outcome.address,)).fetchone()
-            suppress(connection, row["id"])
+            suppress(connection, row["id"], words, now)
     return fate
 
 
@@ -330,10 +347,48 @@ def drop_unsubscribe_token(connection: sqlite3.Connection, token: str) -> None:
     connection.execute("DELETE FROM token WHERE hash = ? AND purpose = 'unsubscribe'", (_hash(token),))
 
 
-def suppress(connection: sqlite3.Connection, subscriber: int) -> None:
-    """Never mail an address again, because a mail server said that there is none."""
-    connection.execute("UPDATE subscriber SET state = 'suppressed' WHERE id = ?", (subscriber,))
+def suppress(connection: sqlite3.Connection, subscriber: int, words: str, now: float) -> None:
+    """Mail an address no more, because a mail server said, in these words, that there is none."""
+    connection.execute(
+        "UPDATE subscriber SET state = 'suppressed', refused = ?, refusal = ? WHERE id = ?",
+        (now, printed(words), subscriber),
+    )
     connection.execute("DELETE FROM token WHERE subscriber = ? AND purpose = 'confirm'", (subscriber,))
+
+
+def suppressed(connection: sqlite3.Connection, most: int = 200) -> list[Suppressed]:
+    """The addresses that get no mail any more, for the owner, the latest first."""
+    rows = connection.execute(
+        "SELECT id, address, refused, refusal FROM subscriber WHERE state = 'suppressed' "
+        "ORDER BY refused DESC, address LIMIT ?",
+        (most,),
+    ).fetchall()
+    return [
+        Suppressed(subscriber=row["id"], address=row["address"], since=row["refused"], words=row["refusal"] or "")
+        for row in rows
+    ]
+
+
+def allow_again(database: Database, subscriber: int) -> bool:
+    """Let a suppressed address be asked again; whether there was one.
+
+    Nothing is mailed by that, and nothing is in force: it is as an address that ended its subscription, or, where it
+    never had one, as one that was never heard of.
+    """
+    with database.write() as connection:
+        row = connection.execute(
+            "SELECT id, confirmed FROM subscriber WHERE id = ? AND state = 'suppressed'", (subscriber,)
+        ).fetchone()
+        if row is None:
+            return False
+        if row["confirmed"] is None:
+            connection.execute("DELETE FROM subscriber WHERE id = ?", (subscriber,))
+        else:
+            connection.execute(
+                "UPDATE subscriber SET state = 'unsubscribed', asked = 0, refused = NULL, refusal = NULL WHERE id = ?",
+                (subscriber,),
+            )
+    return True
 
 
 def counts(connection: sqlite3.Connection) -> dict[str, int]:

@@ -261,11 +261,11 @@ class PerturbedAttention:
     prediction and added.
 
     Args:
-        scale: s; 0 is plain sampling.
+        scale: s, how far beyond plain sampling it goes; 0 is plain sampling.
         where: glob of the layers, such as ``mid_block.*`` of a UNet or ``transformer_blocks.2.attn1`` of a DiT; of
             nested matches the outermost counts, and all self-attention in it.
         kind: what a map is spoiled by (``features.attention.Disturb``); the paper's is the ``identity``.
-        strength: how much, in [0, 1]; at 0 nothing is spoiled.
+        strength: how much of a map is spoiled, in [0, 1]; at 0 nothing.
         follow: each sample's ``own`` difference, or that of its ``neighbour`` in the batch (a sham: the same
             differences, given to others).
     """

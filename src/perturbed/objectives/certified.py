@@ -131,7 +131,7 @@ class CertifiedTraining:
         eps: largest radius of the l-infinity ball, in units of the input.
         ease: what is mixed in while the radius grows: ``fused``, ``separate``, ``clean`` or ``none``.
         start: part of the stage after which the radius grows.
-        ramp: part of the stage in which it does.
+        ramp: part of the stage over which the radius grows.
         share: weight of the bound against the plan's own loss, in [0, 1].
         stage: glob of the stages.
     """
@@ -179,7 +179,7 @@ class FlatTraining:
     Args:
         eps: largest radius, in the units of the weights.
         start: part of the stage after which the radius grows.
-        ramp: part of the stage in which it does.
+        ramp: part of the stage over which the radius grows.
         share: weight of the bound against the plan's own loss, in [0, 1].
         stage: glob of the stages.
     """

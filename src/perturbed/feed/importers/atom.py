@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree.ElementTree import Element
 
 from perturbed.feed.importers import markup
-from perturbed.feed.importers.reading import FormatError, Read, Unread, day_of, identifier_in, title_in
+from perturbed.feed.importers.reading import FormatError, Read, day_of, each, identifier_in, title_in
 from perturbed.feed.papers import Paper
 
 _ATOM = "{http://www.w3.org/2005/Atom}"
@@ -23,18 +24,11 @@ def read(data: str | bytes) -> Read:
         FormatError: It is not Atom or not whole, or arXiv answered with its entry for an error.
     """
     feed = markup.parse(data, f"{_ATOM}feed", "entry")
-    papers: list[Paper] = []
-    unread: list[Unread] = []
     entries = feed.findall(f"{_ATOM}entry")
-    for place, entry in enumerate(entries, 1):
-        _refuse_error(entry)
-        try:
-            papers.append(_paper(entry))
-        except ValueError as e:
-            unread.append(Unread(place, markup.text(entry) or "", str(e), "entry"))
     total, start = _number(feed, "totalResults"), _number(feed, "startIndex")
     following = (start or 0) + len(entries)
-    return Read(tuple(papers), tuple(unread), str(following) if total is not None and following < total else None)
+    more = str(following) if total is not None and following < total else None
+    return replace(each(entries, _paper, markup.text), more=more)
 
 
 def _refuse_error(entry: Element) -> None:
@@ -44,20 +38,18 @@ def _refuse_error(entry: Element) -> None:
 
 
 def _paper(entry: Element) -> Paper:
+    _refuse_error(entry)
     title = title_in(markup.text(entry.find(f"{_ATOM}title")))
     arxiv = identifier_in(entry.findtext(f"{_ATOM}id"))
     people = tuple(name for a in entry.findall(f"{_ATOM}author") if (name := markup.text(a.find(f"{_ATOM}name"))))
-    published = day_of(entry.findtext(f"{_ATOM}published"))
-    updated = day_of(entry.findtext(f"{_ATOM}updated"))
     return Paper(
         title=title,
         source="arxiv",
         arxiv=arxiv,
         abstract=markup.text(entry.find(f"{_ATOM}summary")),
         authors=people,
-        author_count=len(people) or None,
-        published=published,
-        updated=updated,
+        published=day_of(entry.findtext(f"{_ATOM}published")),
+        updated=day_of(entry.findtext(f"{_ATOM}updated")),
         categories=_categories(entry),
         doi=markup.text(entry.find(f"{_ARXIV}doi")),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from perturbed.feed.importers.reading import FormatError, Read, Unread, day_of, title_in, web_address
+from perturbed.feed.importers.reading import FormatError, Read, day_of, each, title_in, web_address
 from perturbed.feed.papers import Paper, arxiv_id, clean
 
 _MOST = 2**31 - 1
@@ -39,14 +39,7 @@ def read(data: str | bytes) -> Read:
         items = [items]
     if not isinstance(items, list):
         raise FormatError("not the hub's daily papers: looked for an array of items with `paper`, or one paper")
-    papers: list[Paper] = []
-    unread: list[Unread] = []
-    for place, item in enumerate(items, 1):
-        try:
-            papers.append(_paper(item))
-        except ValueError as e:
-            unread.append(Unread(place, json.dumps(item)[:500], str(e), "entry"))
-    return Read(tuple(papers), tuple(unread))
+    return each(items, _paper, lambda item: json.dumps(item)[:500])
 
 
 def _paper(item: Any) -> Paper:
@@ -65,7 +58,6 @@ def _paper(item: Any) -> Paper:
         arxiv=found[0] if found else None,
         abstract=_text(inner.get("summary")) or _text(item.get("summary")),
         authors=people,
-        author_count=len(people) or None,
         organisation=_organisation(inner.get("organization")) or _organisation(item.get("organization")),
         published=day_of(_text(inner.get("publishedAt"))),
         listed=day_of(_text(inner.get("submittedOnDailyAt"))),

@@ -7,12 +7,13 @@ been seen to be that of the latest version: it is believed only as far as it agr
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import UTC, date
 from email.utils import parsedate_to_datetime
 from xml.etree.ElementTree import Element
 
 from perturbed.feed.importers import markup
-from perturbed.feed.importers.reading import FormatError, Read, Unread, day_of, identifier_in, title_in
+from perturbed.feed.importers.reading import FormatError, Read, day_of, each, identifier_in, title_in
 from perturbed.feed.papers import Paper
 
 _OAI = "{http://www.openarchives.org/OAI/2.0/}"
@@ -40,23 +41,14 @@ def read(data: str | bytes) -> Read:
             return Read(())
         kind = ExpiredToken if code == "badResumptionToken" else FormatError
         raise kind(f"arXiv refused the harvest: {code}: {markup.text(error) or 'no reason given'}")
-    papers: list[Paper] = []
-    unread: list[Unread] = []
-    deleted = 0
-    for place, record in enumerate(top.findall(f"*/{_OAI}record"), 1):
-        header = record.find(f"{_OAI}header")
-        if header is not None and header.get("status") == "deleted":
-            deleted += 1
-            continue
-        try:
-            papers.append(_paper(record))
-        except ValueError as e:
-            unread.append(Unread(place, markup.text(record) or "", str(e), "entry"))
     token = markup.text(top.find(f"*/{_OAI}resumptionToken"))
-    return Read(tuple(papers), tuple(unread), token, skipped=deleted)
+    return replace(each(top.findall(f"*/{_OAI}record"), _paper, markup.text), more=token)
 
 
-def _paper(record: Element) -> Paper:
+def _paper(record: Element) -> Paper | None:
+    header = record.find(f"{_OAI}header")
+    if header is not None and header.get("status") == "deleted":
+        return None
     for space in (_RAW, _PLAIN):
         for name in ("arXivRaw", "arXiv"):
             told = record.find(f"{_OAI}metadata/{space}{name}")
@@ -80,7 +72,6 @@ def _told(told: Element, space: str) -> Paper:
         arxiv=arxiv,
         abstract=markup.text(told.find(f"{space}abstract")),
         authors=people,
-        author_count=len(people) or None,
         published=published,
         updated=updated,
         categories=tuple((markup.text(told.find(f"{space}categories")) or "").split()),

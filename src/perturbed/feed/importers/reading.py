@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
+from typing import TypeVar
 
 from perturbed.errors import PerturbedError
 from perturbed.feed.papers import Paper, arxiv_id, clean, title_key
+
+E = TypeVar("E")
 
 _SHOWN = 120  # characters of a line that a report repeats
 _MOST_AUTHORS = 10_000  # the most that a paper has had are half as many
@@ -65,6 +69,30 @@ class Read:
     more: str | None = None
     skipped: int = 0
     notes: tuple[str, ...] = ()
+
+
+def each(entries: Iterable[E], paper: Callable[[E], Paper | None], text: Callable[[E], str | None]) -> Read:
+    """What a source's entries hold, each read by itself: one that is not understood takes no other along.
+
+    Args:
+        entries: In the order of the source.
+        paper: The paper of an entry, or None where it is to be skipped; raises ValueError where it is not understood.
+        text: What a report shows of an entry that was not understood.
+    """
+    papers: list[Paper] = []
+    unread: list[Unread] = []
+    skipped = 0
+    for place, entry in enumerate(entries, 1):
+        try:
+            found = paper(entry)
+        except ValueError as e:
+            unread.append(Unread(place, text(entry) or "", str(e), "entry"))
+        else:
+            if found is None:
+                skipped += 1
+            else:
+                papers.append(found)
+    return Read(tuple(papers), tuple(unread), skipped=skipped)
 
 
 def bounded(read: Read) -> Read:

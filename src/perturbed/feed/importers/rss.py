@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from xml.etree.ElementTree import Element
 
 from perturbed.feed.importers import markup
-from perturbed.feed.importers.reading import Read, Unread, identifier_in, title_in
+from perturbed.feed.importers.reading import Read, each, identifier_in, title_in
 from perturbed.feed.papers import Paper
 
 _ARXIV = "{http://arxiv.org/schemas/atom}"
@@ -26,14 +26,7 @@ def read(data: str | bytes) -> Read:
         FormatError: It is not RSS, or not whole.
     """
     top = markup.parse(data, "rss", "item")
-    papers: list[Paper] = []
-    unread: list[Unread] = []
-    for place, item in enumerate(top.findall("channel/item"), 1):
-        try:
-            papers.append(_paper(item))
-        except ValueError as e:
-            unread.append(Unread(place, markup.text(item) or "", str(e), "entry"))
-    return Read(tuple(papers), tuple(unread))
+    return each(top.findall("channel/item"), _paper, markup.text)
 
 
 def _paper(item: Element) -> Paper:
@@ -42,15 +35,13 @@ def _paper(item: Element) -> Paper:
     told = markup.text(item.find("description")) or ""
     kind = markup.text(item.find(f"{_ARXIV}announce_type")) or _group(r"Announce Type:\s*(\S+)", told) or "new"
     creators = markup.text(item.find(f"{_DUBLIN}creator")) or ""
-    people = tuple(name for part in creators.split(",") if (name := part.strip()))
     day = _day(item.findtext("pubDate"))
     return Paper(
         title=title,
         source="rss",
         arxiv=arxiv,
         abstract=_group(r"Abstract:\s*(.+)", told),
-        authors=people,
-        author_count=len(people) or None,
+        authors=tuple(name for part in creators.split(",") if (name := part.strip())),
         updated=None if kind in _NEW else day,
         listed=day if kind in _NEW else None,
         categories=tuple(dict.fromkeys(c for e in item.findall("category") if (c := markup.text(e)))),

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from perturbed.feed import catalogue, evidence
+from perturbed.feed import catalogue, verdicts
 from perturbed.feed.database import Database, DatabaseError, damaged
 from perturbed.feed.meaning import Meaning
 from perturbed.feed.runs import Runs
@@ -53,7 +53,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.time) ->
     """
     database = Database(settings.database)
     catalogue.seed(database, clock())
-    evidence.sync(database, clock())
+    verdicts.sync(database, clock())
     app = FastAPI(
         title="perturbed feed",
         description="The papers, what was measured of each, and search over them. Read only.",
@@ -203,7 +203,7 @@ async def _tend(feed: Feed) -> None:
     said = None
     while True:
         try:
-            await asyncio.to_thread(evidence.sync, feed.database, feed.clock())
+            await asyncio.to_thread(verdicts.sync, feed.database, feed.clock())
             while await asyncio.to_thread(feed.meaning.embed_missing, _BATCH):
                 await asyncio.sleep(0.1)
             said = None

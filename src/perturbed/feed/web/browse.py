@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from perturbed.evidence.report import KINDS
-from perturbed.feed import catalogue, evidence, export, ranking, search, store
+from perturbed.feed import catalogue, evidence, export, ranking, search, store, verdicts
 from perturbed.feed.papers import SITES, paper_path
 from perturbed.feed.store import Entry
 from perturbed.feed.web.pages import CUT, clipped, page, unchanged
@@ -47,7 +47,7 @@ class Card:
     """A paper in a list, with what was measured of it."""
 
     entry: Entry
-    short: evidence.Short | None
+    short: verdicts.Short | None
 
     @property
     def opening(self) -> str:
@@ -112,7 +112,7 @@ class Paging:
 
 def cards(entries: Sequence[Entry]) -> list[Card]:
     """The papers with their evidence in short."""
-    return [Card(entry, evidence.summary_of(entry.slug) if entry.slug else None) for entry in entries]
+    return [Card(entry, verdicts.summary_of(entry.slug) if entry.slug else None) for entry in entries]
 
 
 def measured(feed: Feed, most: int) -> list[Card]:
@@ -366,11 +366,12 @@ def paper(request: Request, key: str) -> Response:
         entry=entry,
         item=catalogue.item(entry.slug) if entry.slug else None,
         shown=evidence.evidence(entry.slug) if entry.slug else None,
-        short=evidence.summary_of(entry.slug) if entry.slug else None,
+        short=verdicts.summary_of(entry.slug) if entry.slug else None,
         fields=fields,
         isolation=feed.runs.isolation() if entry.has_method and is_owner(request) else None,
         runs=[run for run in feed.runs.recent(20) if run.slug == entry.slug][:5] if entry.slug else [],
         comments=store.comments_of(connection, entry.id),
+        author=VOTER,
         source_name=_SOURCES.get(entry.source, "its source"),
         voted=voted is not None,
         similar=cards(search.similar(connection, entry.id, 6, feed.meaning)),

@@ -1,4 +1,7 @@
-"""What the owner does: opens a session, upvotes, comments, runs studies, imports. Everything that changes is a POST."""
+"""What the owner does: opens a session, upvotes, comments, runs studies, imports, looks after refused addresses.
+
+Everything that changes something is a POST.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import os
 import re
 import tempfile
 from datetime import date
-from pathlib import Path, PurePosixPath
+from pathlib import Path as FilePath
+from pathlib import PurePosixPath
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Form, HTTPException, UploadFile
+from fastapi import APIRouter, Depends, Form, HTTPException, Path, UploadFile
 from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -18,7 +22,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from perturbed.errors import PerturbedError
 from perturbed.evidence.figures import sparkline
 from perturbed.evidence.report import page_values
-from perturbed.feed import store
+from perturbed.feed import store, subscriptions
 from perturbed.feed.importers.harvest import import_file
 from perturbed.feed.papers import paper_path
 from perturbed.feed.runs import Run, RunError
@@ -41,6 +45,7 @@ from perturbed.feed.web.state import Feed, feed_of
 
 router = APIRouter()
 OWNER = [Depends(owner)]
+Row = Annotated[int, Path(ge=1, lt=2**63)]  # what SQLite takes for a row's number
 _HERE = re.compile(r"/(?![/\\])[^\s\\]*")
 
 
@@ -118,6 +123,15 @@ def comment(request: Request, key: str, body: Annotated[str, Form(max_length=500
             store.comment(connection, entry.id, VOTER, body, feed.clock())
     except ValueError as e:
         raise Refused(400, "An empty comment", "Write something, then send it again.") from e
+    return RedirectResponse(f"{paper_path(entry.key)}#comments", 303)
+
+
+@router.post("/papers/{key:path}/comments/{number}/delete", dependencies=OWNER)
+def uncomment(request: Request, key: str, number: Row) -> Response:
+    """Delete an own comment; that it is gone already is no mistake."""
+    feed, entry = feed_of(request), found_paper(request, key)
+    with feed.database.write() as connection:
+        store.uncomment(connection, entry.id, VOTER, number)
     return RedirectResponse(f"{paper_path(entry.key)}#comments", 303)
 
 
@@ -209,8 +223,17 @@ def settings(request: Request) -> Response:
         size=sum(p.stat().st_size for p in feed.settings.database.parent.glob(f"{feed.settings.database.name}*")),
         imports=[{**dict(row), "report": json.loads(row["report"]) if row["report"] else None} for row in imports],
         mail=os.environ.get("PERTURBED_SMTP"),
+        suppressed=subscriptions.suppressed(connection),
+        refused=subscriptions.counts(connection).get("suppressed", 0),
         most=IMPORT_BODY // 2**20,
     )
+
+
+@router.post("/subscribers/{number}/again", dependencies=OWNER)
+def allow_again(request: Request, number: Row) -> Response:
+    """Let an address be asked again that a mail server refused; that it may be already is no mistake."""
+    subscriptions.allow_again(feed_of(request).database, number)
+    return RedirectResponse("/settings#suppressed", 303)
 
 
 @router.post("/import", dependencies=OWNER)
@@ -225,7 +248,7 @@ def take(request: Request, file: UploadFile, saved_on: Annotated[str, Form()] = 
     name = re.sub(r"[^\w.-]+", "-", PurePosixPath((file.filename or "file").replace("\\", "/")).name).strip(".-")
     try:
         with tempfile.TemporaryDirectory(prefix="perturbed-import-") as folder:
-            path = Path(folder) / (name[:80] or "file")
+            path = FilePath(folder) / (name[:80] or "file")
             path.write_bytes(content)
             try:
                 when = date.fromisoformat(saved_on) if saved_on else None
