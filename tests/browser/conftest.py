@@ -85,7 +85,7 @@ class Mails:
 
     async def handle_RCPT(self, server, session, envelope, address, options):
         if address.startswith("gone@"):
-            return "550 5.1.1 no such user here"
+            return f"550 5.1.1 no such user here: {'x' * 200}"
         envelope.rcpt_tos.append(address)
         return "250 OK"
 

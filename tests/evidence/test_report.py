@@ -197,6 +197,15 @@ def test_units_fit_the_size(value, units, words):
     assert report._scaled(value, getattr(report, units)) == words
 
 
+def test_a_range_that_is_one_number_is_not_told():
+    same, apart = dict.fromkeys("012", 418_300.0), {"0": 418_200.0, "1": 418_300.0, "2": 418_400.0}
+    close = {"0": 0.123451, "1": 0.123452}  # apart, though not in the digits that are shown
+    assert report._cell(same) == {"value": "418,300", "beside": ""}
+    assert report._cell(apart) == {"value": "418,300", "beside": "418,200 to 418,400"}
+    assert report._cell(close) == {"value": "0.1235", "beside": ""}
+    assert report._cell({"0": 1.0}) == {"value": "1", "beside": ""}
+
+
 @pytest.mark.parametrize(
     "change",
     [

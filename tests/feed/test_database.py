@@ -312,6 +312,75 @@ def test_a_process_killed_in_a_transaction_leaves_the_state_before(path, opened)
     assert database.read().execute("PRAGMA integrity_check").fetchone()[0] == "ok"
 
 
+HALF = """
+    import sys, time
+    from pathlib import Path
+    from perturbed.feed import database
+    whole = database._statements
+    def half(step):
+        for statement in whole(step):
+            yield statement
+            if "DROP TABLE comment" in statement:
+                print("half", flush=True)
+                time.sleep(600)
+    database._statements = half
+    database.Database(Path(sys.argv[1]))
+"""
+WHOLE = """
+    import sys
+    from pathlib import Path
+    from perturbed.feed.database import Database
+    sys.stdin.readline()
+    Database(Path(sys.argv[1]))
+"""
+
+
+def kept(path):
+    """What a file of any version holds that a step touches, and its version."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        told = [connection.execute(f"SELECT * FROM {table}").fetchall() for table in ("comment", "token")]
+        addresses = connection.execute("SELECT id, address, state FROM subscriber").fetchall()
+        return connection.execute("PRAGMA user_version").fetchone()[0], addresses, *told
+
+
+def test_a_file_of_the_first_version_is_brought_on_whole_or_not_at_all(path, opened, monkeypatch):
+    """One process is killed in the midst of it; then two come at once, while a third goes on with the older tables."""
+    with monkeypatch.context() as older:
+        older.setattr(module, "STEPS", STEPS[:1])
+        old = opened(path)
+    paper = add(old).paper
+    with old.write() as connection:
+        for body in ("one", "two"):
+            store.comment(connection, paper, "owner", body, 1.0)
+        told = "(7, 'ann@example.org', 'suppressed', 'day', '{}', 0, 0, NULL, 0, 0)"
+        connection.execute(f"INSERT INTO subscriber VALUES {told}")
+        connection.execute("INSERT INTO token VALUES ('hash', 'unsubscribe', 7, NULL, NULL)")
+    before = kept(path)
+    child = run(HALF, path)
+    assert child.stdout.readline() == "half\n"
+    child.kill()
+    child.communicate(timeout=SECONDS)
+    assert kept(path) == before
+    assert before[0] == 1
+    both = [run(WHOLE, path), run(WHOLE, path)]
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in both:
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
+    assert kept(path) == (len(STEPS), *before[1:])
+    assert kept(path.with_name("feed.sqlite.v1.backup")) == before
+    new = opened(path)
+    with new.write() as connection:
+        assert store.uncomment(connection, paper, "owner", 2)
+    with old.write() as connection:  # a server that was not restarted
+        assert store.comment(connection, paper, "owner", "three", 2.0) == 3
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+    assert [one.body for one in store.comments_of(new.read(), paper)] == ["one", "three"]
+    assert new.read().execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
 def test_each_thread_has_its_own_connection(path, opened):
     database = opened(path)
     seen = []

@@ -207,7 +207,7 @@ CHANGES = {
     "/papers/2511.09001/vote": {},
     "/papers/2511.09001/comments": {"body": "hello"},
     "/papers/2511.09001/comments/1/delete": {},
-    "/subscribers/1/again": {},
+    "/subscribers/again": {"address": "gone@example.org"},
     "/runs": {"slug": "pag", "scale": "smoke"},
     "/runs/1/cancel": {},
     "/import": {"saved_on": "2025-11-17"},
@@ -215,11 +215,22 @@ CHANGES = {
 }
 
 
+def refuse(app, address):
+    """As if a mail server had said that there is no such address."""
+    with app.state.feed.database.write() as connection:
+        connection.execute(
+            "INSERT INTO subscriber (address, state, every, wants, created, asked) "
+            "VALUES (?, 'suppressed', 'day', '{}', 0, 0)",
+            (address,),
+        )
+
+
 @pytest.mark.parametrize("public", [None, "https://papers.example.org"])
 def test_visitors_change_nothing(tmp_path, public):
     app = app_of(tmp_path, public_url=public)
     add(app, *papers())
     post(owner(app, public or HERE), "/papers/2511.09001/comments", {"body": "The owner's own."})
+    refuse(app, "gone@example.org")
     client = visitor(app, public or HERE, **OURS)
     before = dump(app)
     for address, data in CHANGES.items():
@@ -469,9 +480,11 @@ def test_get_changes_nothing(app):
     app.state.limiter.wait = lambda *_: 0.0
     post(client, "/papers/2511.09001/vote")
     post(client, "/papers/2511.09001/comments", {"body": "To stay."})
+    refuse(app, "gone@example.org")
     post(client, "/runs", {"slug": "pag", "scale": "smoke"})
     before = dump(app)
     waiting, seen = ["/", "/settings", "/runs/1", "/papers/2511.09001", "/day/2025-11-17"], set()
+    waiting.append("/subscribers/again?address=gone@example.org")
     for route in _routes(app.routes):
         path = route.path.replace("{key:path}", "2511.09001").replace("{number}", "1").replace("{slug}", "pag")
         waiting.append(re.sub(r"\{.*?\}", "x", path))
@@ -486,7 +499,7 @@ def test_get_changes_nothing(app):
             waiting += links(answer.text)
     assert len(seen) > 100
     assert {"/papers/2511.09001/vote", "/runs/1/cancel", "/import"} <= seen
-    assert {"/papers/2511.09001/comments/1/delete", "/subscribers/1/again"} <= seen
+    assert {"/papers/2511.09001/comments/1/delete", "/subscribers/again"} <= seen
     assert dump(app) == before
 
 

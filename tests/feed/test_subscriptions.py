@@ -271,6 +271,16 @@ def test_ending_takes_an_open_change_back(database):
     assert state(database) == "unsubscribed"
 
 
+def test_a_later_mail_that_did_not_go_out_leaves_the_earlier_one_good(database):
+    token = ask(database, ANN, Wants(), "day", NOW).token
+    with Catcher(refuse_rcpt={ANN: "450 4.2.1 try again later"})() as catcher:
+        assert invite(database, catcher, now=NOW + 2 * HOUR) == "later"
+    subscriptions.forget_unanswered(database, NOW + 2 * HOUR)
+    ask(database, "bo@example.org", Wants(), "day", NOW + 2 * HOUR)
+    assert confirm(database, token, NOW + 3 * HOUR) is not None
+    assert state(database) == "confirmed"
+
+
 def test_a_suppressed_address_stays_so(database):
     token = ask(database, ANN, Wants(), "day", NOW).token
     with database.write() as connection:
@@ -297,11 +307,10 @@ def test_an_address_that_may_be_asked_again_has_to_confirm_again(database):
     left = unsubscribe_token(database)
     with database.write() as connection:
         subscriptions.suppress(connection, subscriber(database)["id"], "550 gone", NOW)
-    number = subscriber(database)["id"]
-    assert subscriptions.allow_again(database, number)
+    assert subscriptions.allow_again(database, ANN)
     assert suppressed(database) == []
     assert state(database) == "unsubscribed"  # which gets nothing
-    assert not subscriptions.allow_again(database, number)
+    assert not subscriptions.allow_again(database, ANN)
     token = ask(database, ANN, Wants(query="new"), "week", NOW + 1).token
     assert token, "the hour since the last asking is not waited for"
     assert state(database) == "unsubscribed"
@@ -314,7 +323,7 @@ def test_an_address_that_may_be_asked_again_has_to_confirm_again(database):
 def test_one_that_never_confirmed_is_forgotten_when_it_may_be_asked_again(database):
     with Catcher(refuse_rcpt={ANN: "550 5.1.1 no such user"})() as catcher:
         invite(database, catcher)
-    assert subscriptions.allow_again(database, subscriber(database)["id"])
+    assert subscriptions.allow_again(database, ANN)
     assert state(database) is None
     with Catcher()() as catcher:
         assert invite(database, catcher, now=NOW + 1) == "sent"
@@ -326,10 +335,24 @@ def test_only_a_suppressed_address_is_changed(database, was):
     ask(database, ANN, Wants(), "day", NOW)
     with database.write() as connection:
         connection.execute("UPDATE subscriber SET state = ?", (was,))
+        connection.execute(
+            "INSERT INTO subscriber (address, state, every, wants, created, asked) "
+            "VALUES ('gone@example.org', 'suppressed', 'day', '{}', 0, 0)"
+        )
     before = dump(database)
-    assert not subscriptions.allow_again(database, subscriber(database)["id"])
-    assert not subscriptions.allow_again(database, 999)
+    assert not subscriptions.allow_again(database, ANN)
+    assert not subscriptions.allow_again(database, "nobody@example.org")
+    with pytest.raises(SubscriptionError, match="no address"):
+        subscriptions.allow_again(database, "1")
     assert dump(database) == before
+
+
+def test_an_address_is_let_go_however_it_is_written(database):
+    ask(database, ANN, Wants(), "day", NOW)
+    with database.write() as connection:
+        subscriptions.suppress(connection, subscriber(database)["id"], "550 gone", NOW)
+    assert subscriptions.allow_again(database, f" {ANN.upper()} ")
+    assert suppressed(database) == []
 
 
 def test_addresses_refused_before_the_words_were_kept_are_listed_too(tmp_path, monkeypatch):
@@ -346,7 +369,7 @@ def test_addresses_refused_before_the_words_were_kept_are_listed_too(tmp_path, m
         first.close()
     with closing(Database(path)) as database:
         assert suppressed(database) == [(ANN, None, "")]
-        assert subscriptions.allow_again(database, subscriber(database)["id"])
+        assert subscriptions.allow_again(database, ANN)
     assert path.with_name("old.sqlite.v1.backup").exists()
 
 

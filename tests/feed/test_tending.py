@@ -6,7 +6,8 @@ import pytest
 from waiting import until
 from web_parts import app_of, visitor
 
-from perturbed.feed import verdicts
+from perturbed.feed import subscriptions, verdicts
+from perturbed.feed.subscriptions import Wants
 from perturbed.feed.web import app as module
 
 
@@ -36,6 +37,24 @@ def test_a_failure_is_logged_and_tried_again(app, monkeypatch, caplog, error):
     ended = len(looks)
     time.sleep(0.05)
     assert len(looks) == ended, "it goes on although the server has ended"
+
+
+def test_an_address_that_does_not_confirm_is_forgotten_after_two_days(app):
+    feed = app.state.feed
+    begun = feed.clock.now
+    for address, asked in (("ann@example.org", begun), ("bo@example.org", begun + 1)):
+        assert subscriptions.ask(feed.database, address, Wants(), "day", asked).token
+    feed.clock.now = begun + subscriptions.CONFIRM_SECONDS
+
+    def left(table):
+        return [row[0] for row in feed.database.read().execute(f"SELECT * FROM {table} ORDER BY 1")]
+
+    with visitor(app):
+        until(lambda: len(left("subscriber")) == 1)
+        assert len(left("token")) == 1
+        feed.clock.now += 1
+        until(lambda: not left("subscriber"))
+        assert not left("token")
 
 
 def test_papers_are_embedded_until_none_is_missing(app, monkeypatch):

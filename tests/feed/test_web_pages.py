@@ -371,6 +371,16 @@ def test_a_comment_is_deleted_where_it_stands(app):
     assert post(client, "/papers/nothing/comments/1/delete").status_code == 404
 
 
+def test_the_button_of_an_old_page_deletes_no_later_comment(app):
+    add(app, *papers())
+    client = owner(app)
+    post(client, "/papers/2511.09001/comments", {"body": "Deleted in another tab."})
+    for _ in range(2):
+        post(client, "/papers/2511.09001/comments/1/delete")
+        post(client, "/papers/2511.09001/comments", {"body": "Written since."})
+    assert [body for _, body in comments(app)] == ["Written since."] * 2
+
+
 def test_only_an_own_comment_is_deleted_and_only_by_its_papers_address(app):
     first, _, _ = add(app, *papers())
     with app.state.feed.database.write() as connection:

@@ -564,7 +564,8 @@ def _cell(by_seed: Mapping[str, float | None]) -> dict[str, str]:
     mean = _mean(by_seed)
     if mean is None:
         return {"value": DASH, "beside": f"{len(values)} of {len(by_seed)} finite" if by_seed else ""}
-    return {"value": number(mean), "beside": f"{number(min(values))} to {number(max(values))}" if values[1:] else ""}
+    low, high = number(min(values)), number(max(values))
+    return {"value": number(mean), "beside": f"{low} to {high}" if low != high else ""}
 
 
 def _cost(record: Record) -> dict[str, Any] | None:

@@ -199,4 +199,18 @@ ALTER TABLE subscriber ADD COLUMN refused REAL;  -- when a mail server said for 
 ALTER TABLE subscriber ADD COLUMN refusal TEXT;  -- and its words
 """
 
-STEPS = (_FIRST, _REFUSALS)
+_LASTING_COMMENTS = """
+CREATE TABLE comment_again (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again: an old page's button deletes no later comment
+    paper INTEGER NOT NULL REFERENCES paper ON DELETE CASCADE,
+    author TEXT NOT NULL,
+    body TEXT NOT NULL,
+    at REAL NOT NULL
+);
+INSERT INTO comment_again (id, paper, author, body, at) SELECT id, paper, author, body, at FROM comment;
+DROP TABLE comment;
+ALTER TABLE comment_again RENAME TO comment;
+CREATE INDEX comment_paper ON comment (paper);
+"""
+
+STEPS = (_FIRST, _REFUSALS, _LASTING_COMMENTS)

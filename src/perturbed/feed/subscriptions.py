@@ -38,6 +38,10 @@ OFTEN: dict[Every, str] = {"day": "every day", "week": "every week"}
 ASK_SECONDS = 3600  # between two confirmations to one address
 QUERY_LENGTH = 200
 _TOKEN_BYTES = 32
+_UNANSWERED = (  # of a time: who has never confirmed, and has no mail any more that could
+    "FROM subscriber WHERE state = 'pending' "
+    "AND id NOT IN (SELECT subscriber FROM token WHERE purpose = 'confirm' AND expires > ?)"
+)
 
 
 class SubscriptionError(PerturbedError, ValueError):
@@ -118,13 +122,11 @@ class Suppressed:
     """An address that gets no mail any more, because a mail server said that there is none.
 
     Args:
-        subscriber: The row.
         address: Normalised.
         since: Seconds since 1970; None for one from before that was kept.
         words: The server's; empty where they were not kept.
     """
 
-    subscriber: int
     address: str
     since: float | None
     words: str
@@ -359,34 +361,35 @@ def suppress(connection: sqlite3.Connection, subscriber: int, words: str, now: f
 def suppressed(connection: sqlite3.Connection, most: int = 200) -> list[Suppressed]:
     """The addresses that get no mail any more, for the owner, the latest first."""
     rows = connection.execute(
-        "SELECT id, address, refused, refusal FROM subscriber WHERE state = 'suppressed' "
+        "SELECT address, refused, refusal FROM subscriber WHERE state = 'suppressed' "
         "ORDER BY refused DESC, address LIMIT ?",
         (most,),
     ).fetchall()
-    return [
-        Suppressed(subscriber=row["id"], address=row["address"], since=row["refused"], words=row["refusal"] or "")
-        for row in rows
-    ]
+    return [Suppressed(address=row["address"], since=row["refused"], words=row["refusal"] or "") for row in rows]
 
 
-def allow_again(database: Database, subscriber: int) -> bool:
-    """Let a suppressed address be asked again; whether there was one.
+def allow_again(database: Database, address: str) -> bool:
+    """Let a suppressed address be asked again; whether it was suppressed.
 
     Nothing is mailed by that, and nothing is in force: it is as an address that ended its subscription, or, where it
     never had one, as one that was never heard of.
+
+    Raises:
+        SubscriptionError: The address is none.
     """
+    address = normalised(address)
     with database.write() as connection:
         row = connection.execute(
-            "SELECT id, confirmed FROM subscriber WHERE id = ? AND state = 'suppressed'", (subscriber,)
+            "SELECT id, confirmed FROM subscriber WHERE address = ? AND state = 'suppressed'", (address,)
         ).fetchone()
         if row is None:
             return False
         if row["confirmed"] is None:
-            connection.execute("DELETE FROM subscriber WHERE id = ?", (subscriber,))
+            connection.execute("DELETE FROM subscriber WHERE id = ?", (row["id"],))
         else:
             connection.execute(
                 "UPDATE subscriber SET state = 'unsubscribed', asked = 0, refused = NULL, refusal = NULL WHERE id = ?",
-                (subscriber,),
+                (row["id"],),
             )
     return True
 
@@ -396,13 +399,16 @@ def counts(connection: sqlite3.Connection) -> dict[str, int]:
     return dict(connection.execute("SELECT state, count(*) FROM subscriber GROUP BY state").fetchall())
 
 
+def forget_unanswered(database: Database, now: float) -> None:
+    """Forget addresses that did not confirm in time: they are nobody's subscribers, and not ours to keep."""
+    if database.read().execute(f"SELECT 1 {_UNANSWERED}", (now,)).fetchone():  # to look makes no writer wait
+        with database.write() as connection:
+            _forget_unanswered(connection, now)
+
+
 def _forget_unanswered(connection: sqlite3.Connection, now: float) -> None:
-    """Addresses that never confirmed are nobody's subscribers, and not ours to keep."""
     connection.execute("DELETE FROM token WHERE expires <= ?", (now,))
-    connection.execute(
-        "DELETE FROM subscriber WHERE state = 'pending' AND asked <= ?",
-        (now - CONFIRM_SECONDS,),
-    )
+    connection.execute(f"DELETE {_UNANSWERED}", (now,))
 
 
 def _token(connection: sqlite3.Connection, token: str, purpose: Purpose) -> sqlite3.Row | None:

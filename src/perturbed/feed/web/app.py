@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from perturbed.feed import catalogue, verdicts
+from perturbed.feed import catalogue, subscriptions, verdicts
 from perturbed.feed.database import Database, DatabaseError, damaged
 from perturbed.feed.meaning import Meaning
 from perturbed.feed.runs import Runs
@@ -199,18 +199,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _tend(feed: Feed) -> None:
-    """Keep what pages show of the ledgers fresh, and give new papers their place in the search by meaning."""
+    """Keep what pages show of the ledgers fresh, forget who never confirmed, and embed new papers."""
     said = None
     while True:
         try:
             await asyncio.to_thread(verdicts.sync, feed.database, feed.clock())
+            await asyncio.to_thread(subscriptions.forget_unanswered, feed.database, feed.clock())
             while await asyncio.to_thread(feed.meaning.embed_missing, _BATCH):
                 await asyncio.sleep(0.1)
             said = None
         except Exception as e:
             told = _trouble(feed, e)
             if told is None:
-                _LOG.exception("evidence or meaning could not be brought up to date; it is tried again")
+                _LOG.exception("evidence, subscribers or meaning could not be brought up to date; it is tried again")
             elif told != said:  # once, not every ten seconds
                 _LOG.warning("evidence and meaning wait: %s", told)
             said = told

@@ -10,11 +10,11 @@ import os
 import re
 import tempfile
 from datetime import date
-from pathlib import Path as FilePath
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Form, HTTPException, Path, UploadFile
+from fastapi import APIRouter, Depends, Form, HTTPException, UploadFile
+from fastapi import Path as InPath
 from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -45,7 +45,7 @@ from perturbed.feed.web.state import Feed, feed_of
 
 router = APIRouter()
 OWNER = [Depends(owner)]
-Row = Annotated[int, Path(ge=1, lt=2**63)]  # what SQLite takes for a row's number
+Row = Annotated[int, InPath(ge=1, lt=2**63)]  # what SQLite takes for a row's number
 _HERE = re.compile(r"/(?![/\\])[^\s\\]*")
 
 
@@ -229,10 +229,13 @@ def settings(request: Request) -> Response:
     )
 
 
-@router.post("/subscribers/{number}/again", dependencies=OWNER)
-def allow_again(request: Request, number: Row) -> Response:
+@router.post("/subscribers/again", dependencies=OWNER)
+def allow_again(request: Request, address: Annotated[str, Form()] = "") -> Response:
     """Let an address be asked again that a mail server refused; that it may be already is no mistake."""
-    subscriptions.allow_again(feed_of(request).database, number)
+    try:
+        subscriptions.allow_again(feed_of(request).database, address)
+    except subscriptions.SubscriptionError as e:
+        raise Refused(400, "No address", f"{e}.") from e
     return RedirectResponse("/settings#suppressed", 303)
 
 
@@ -248,7 +251,7 @@ def take(request: Request, file: UploadFile, saved_on: Annotated[str, Form()] = 
     name = re.sub(r"[^\w.-]+", "-", PurePosixPath((file.filename or "file").replace("\\", "/")).name).strip(".-")
     try:
         with tempfile.TemporaryDirectory(prefix="perturbed-import-") as folder:
-            path = FilePath(folder) / (name[:80] or "file")
+            path = Path(folder) / (name[:80] or "file")
             path.write_bytes(content)
             try:
                 when = date.fromisoformat(saved_on) if saved_on else None
