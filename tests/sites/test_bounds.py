@@ -359,7 +359,7 @@ def test_lines_hold_on_the_whole_interval_and_touch(name: str) -> None:
 
 def test_planes_of_softmax_hold() -> None:
     rng = generator(6)
-    for width in (1e-6, 0.1, 1.0, 6.0):
+    for width in (1e-6, 0.1, 1.0, 6.0, 150.0):
         centre = 3 * torch.randn(50, 7, generator=rng, dtype=torch.double)
         low, high = centre - width, centre + width
         for upper, (diagonal, column, row, offset) in zip((False, True), Softmax(1)._tangents(low, high), strict=True):
@@ -367,6 +367,70 @@ def test_planes_of_softmax_hold() -> None:
                 z = low + (high - low) * torch.rand(low.shape, generator=rng, dtype=torch.double).round(decimals=1)
                 plane = diagonal * z - column * (row * z).sum(1, keepdim=True) + offset
                 assert ((plane - z.softmax(1)) * (1 if upper else -1) >= -1e-6).all()
+
+
+@pytest.mark.parametrize("width", [1.0, 20.0, 150.0])
+def test_shares_of_softmax_are_least_and_largest_however_wide(width: float) -> None:
+    """That of the others is no difference of sums: beside a large entry they would be lost."""
+    low = 3 * torch.randn(20, 5, generator=generator(6))
+    high = low + width * torch.rand(low.shape, generator=generator(7))
+    node: Any = None
+    for found, own, others in zip(Softmax(1).interval(node, (low, high)), (low, high), (high, low), strict=True):
+        for k in range(5):
+            z = others.double()
+            z[:, k] = own[:, k].double()
+            assert torch.allclose(found[:, k].double(), z.softmax(1)[:, k], rtol=1e-4, atol=1e-36)
+
+
+@pytest.mark.parametrize("name", ["log", "sqrt"])
+def test_chords_of_steep_functions_hold_on_narrow_intervals(name: str) -> None:
+    """Next to 0 the slope at an end of an interval of 1e-6 is many times the chord's."""
+    activation = relax.ACTIVATIONS[name]
+    low = torch.logspace(-9, 3, 13, dtype=torch.double)
+    for width in (1e-12, 1e-9, 1e-6, 9e-6):
+        lines = activation.lines(low, low + width)
+        for z in low + width * torch.linspace(0, 1, 11, dtype=torch.double).unsqueeze(1):
+            assert (lines.lower_slope * z + lines.lower - activation.f(z) <= 1e-9).all()
+        at_high = lines.lower_slope * (low + width) + lines.lower
+        assert torch.allclose(at_high, activation.f(low + width), rtol=1e-6)
+
+
+@torch.no_grad()
+def test_one_over_what_may_be_zero_has_no_bounds() -> None:
+    x = torch.tensor([[0.05, 0.3], [0.2, -0.3]])
+    for fn in (lambda z: 1 / z, lambda z: (1 - z) / z):
+        for method in METHODS:
+            low, high = bounds(trace(Calls(fn), x), x, Ball(0.1), method)
+            without = torch.tensor([[True, False], [False, True]])
+            assert low[without].isneginf().all()
+            assert high[without].isposinf().all()
+            assert (low <= fn(x)).all()
+            assert (high >= fn(x)).all()
+    low, high = bounds(trace(Calls(lambda z: 1 / z), x[:1, 1:]), x[:1, 1:], Ball(0.1))
+    assert torch.allclose(torch.cat([low, high]), torch.tensor([[1 / 0.3 - 0.1 / 0.09], [5.0]]), rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_output_of_one_number_an_example(norm: Norm) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return 3 * (z.flatten(1).tanh().sum(1) + self.by)
+
+    net, x = Shifted(), images()
+    graph = trace(net, x, weights=("by",))
+    for method in METHODS:
+        still = bounds(graph, x, {"input": Ball(0.0), "by": Ball(0.1, norm)}, method)
+        assert torch.allclose(still[0], net(x) - 0.3, atol=1e-4)
+        assert torch.allclose(still[1], net(x) + 0.3, atol=1e-4)
+        low, high = bounds(graph, x, {"input": Ball(0.1), "by": Ball(0.0)}, method)
+        assert low.shape == net(x).shape == (3,)
+        assert (low <= net(x - 0.1)).all()
+        assert (high >= net(x + 0.1)).all()
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "tanh"])
@@ -400,6 +464,23 @@ def test_weights_may_move(name: str) -> None:
             for low, high in found:
                 assert (output >= low - SLACK).all()
                 assert (output <= high + SLACK).all()
+
+
+@torch.no_grad()
+def test_a_moving_weight_that_two_layers_share_moves_in_both() -> None:
+    net, x = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)), torch.ones(2, 3)
+    net[2].weight = net[0].weight
+    for p in net.parameters():
+        p.copy_(0.5 * torch.randn(p.shape, generator=generator(8)))
+    graph, weight = trace(net, x, weights=("0.weight",)), net[0].weight.clone()
+    assert list(graph.leaves) == ["0.weight", "input"]
+    for method in METHODS:
+        low, high = bounds(graph, x, {"0.weight": Ball(0.05), "input": Ball(0.0)}, method)
+        for seed in range(100):
+            step = 0.05 * torch.randn(3, 3, generator=generator(seed)).sign()
+            output = torch.func.functional_call(net, {"0.weight": weight + step}, (x,))
+            assert (low - 1e-5 <= output).all()
+            assert (output <= high + 1e-5).all()
 
 
 def test_a_moving_last_layer_by_hand() -> None:
@@ -482,6 +563,9 @@ def test_wrong_uses_are_named() -> None:
     net, x = made("mlp")
     with pytest.raises(UnsupportedOperator, match="no parameter is called 'nowhere'"):
         trace(net, x, weights=("nowhere",))
+    net.register_parameter("idle", nn.Parameter(torch.ones(2)))
+    with pytest.raises(UnsupportedOperator, match="no operator of the graph reads 'idle'"):
+        trace(net, x, weights=("idle",))
     graph = trace(net, x)
     with pytest.raises(ValueError, match="batches of 3, not of 2"):
         bounds(graph, x[:2], Ball(0.1))
@@ -498,6 +582,26 @@ def test_wrong_uses_are_named() -> None:
 def test_a_network_that_draws_at_each_call_is_refused() -> None:
     with pytest.raises(UnsupportedOperator, match="does not compute what the model does"):
         trace(Calls(lambda x: x.flatten(1) + torch.randn(3, 64)), images())
+
+
+def test_what_is_written_over_through_a_view_is_refused_though_the_example_shows_no_difference() -> None:
+    def by_view(x: Tensor) -> Tensor:
+        h = x * 2
+        h.flatten(1).relu_()  # nothing changes where all are positive
+        return h - 2 * x
+
+    def of_view(x: Tensor) -> Tensor:
+        h = x * 2
+        part = h[:, :, :2]
+        h.relu_()
+        return part - 2 * x[:, :, :2]
+
+    x = images() + 0.1
+    for fn in (by_view, of_view):
+        with pytest.raises(UnsupportedOperator, match=r"'sub'.*written over"):
+            trace(Calls(fn), x)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Unflatten(1, (2, 2)), nn.ReLU(inplace=True))
+    assert (bounds(trace(net, x), x, Ball(0.01))[1] >= 0).all()
 
 
 def test_tracing_leaves_the_modes_of_the_modules() -> None:

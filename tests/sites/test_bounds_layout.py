@@ -379,6 +379,16 @@ def test_a_batch_of_one_has_nothing_to_mix(axis: int) -> None:
         assert torch.allclose(high, fn(x) + 0.1 * reach, atol=1e-5)
 
 
+def test_pooling_of_what_has_no_batch_is_refused() -> None:
+    """A batch of one that was expanded and mixed is one example's, whose first axis is none of images."""
+    for fn in (
+        lambda z: F.avg_pool1d(z.expand(4, LENGTH, WIDTH) + torch.ones(4, 1, 1), 2),
+        lambda z: F.avg_pool2d(z.unsqueeze(1).expand(4, 3, LENGTH, WIDTH) * 2, 2),
+    ):
+        with pytest.raises(UnsupportedOperator, match="wants the batch as axis 0 of its input, which has none"):
+            trace(Calls(fn), sequences(1))
+
+
 def test_what_stands_beside_the_batch_is_broadcast_to_it() -> None:
     """Fixed values with the batch, with one in its place, or without its axis; alone in an axis and with others."""
     x, rng = torch.randn(3, 5, 2, generator=generator(6)), generator(7)

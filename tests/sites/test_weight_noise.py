@@ -275,6 +275,39 @@ def test_a_model_without_such_layers_is_refused() -> None:
         weight_noise(net, 0.1, torch.Generator())
 
 
+@pytest.mark.parametrize("use", ["beside", "tied"])
+def test_layers_that_would_not_move_in_the_bound_are_named(use: str) -> None:
+    class Aside(nn.Module):
+        """A layer on a parameter, or one whose weights are used once more as a matrix."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.place = nn.Linear(5, 5), nn.Linear(5, 5), nn.Parameter(torch.ones(1, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(x)
+            return h + self.two(self.place) if use == "beside" else self.two(h) @ self.two.weight
+
+    x = draws(4, 5)
+    assert weight_noise(Aside(), 0.1, torch.Generator())[1], "noise moves it"
+    with pytest.raises(UnsupportedOperator, match=r"'two\.weight' is used in"):
+        trace_moving(Aside(), x)
+
+
+def test_a_layer_that_shares_its_weight_and_not_its_bias_is_refused() -> None:
+    """It moves with the other's weight and with a bias of its own: by up to the root of 2 times the radius."""
+    for bias in (True, False):
+        net = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5, bias=bias))
+        net[2].weight = net[0].weight  # type: ignore[assignment]
+        if bias:
+            by = weight_noise(net, 0.1, torch.Generator().manual_seed(0))
+            assert length([by[0][0], *by[1]]) > 0.1
+            with pytest.raises(UnsupportedOperator, match="'2' shares a weight"):
+                trace_moving(net, draws(4, 5))
+        else:
+            assert len(trace_moving(net, draws(4, 5)).leaves) == 3
+
+
 def test_noise_is_as_long_in_each_layer_and_leaves_no_trace() -> None:
     net = restless_net()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}

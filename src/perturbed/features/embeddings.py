@@ -38,11 +38,11 @@ def input_embedding(model: Module) -> Module:
 
 
 def text_lengths(batch: Batch, like: Tensor) -> Tensor:
-    """How many tokens the text of each token has [B, T], 0 for padding.
+    """How many tokens the text of each token has [B, T], 0 for what ``attention_mask`` hides.
 
-    A text is what has one number in ``segment_ids`` [B, T], as packed rows have, else the tokens of a row that
-    ``attention_mask`` [B, T] does not hide, else the whole row. A loss may leave the last tokens out, as those of
-    next tokens do: these do not count.
+    A text is what has one number in ``segment_ids`` [B, T], as packed rows have (filling is one too), else the tokens
+    of a row that ``attention_mask`` [B, T] does not hide, else the whole row. A loss may leave the last tokens out, as
+    those of next tokens do: these do not count.
 
     Args:
         batch: what the loss reads.

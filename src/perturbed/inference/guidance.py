@@ -1,4 +1,4 @@
-"""Guidance: a prediction pushed away from that of a worse predictor, without a second full forward pass.
+"""Guidance: a prediction pushed away from that of a worse predictor; what both passes share is computed once.
 
 Guidance without a classifier follows what labels change, so whether a plan tells them is said here too.
 """

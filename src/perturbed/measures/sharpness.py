@@ -24,6 +24,7 @@ from perturbed.errors import PlanError
 from perturbed.measures.bounds.graph import INPUT, Graph, UnsupportedOperator, trace
 from perturbed.measures.bounds.operators import (
     Coefficients,
+    Constant,
     Conv,
     Interval,
     Known,
@@ -119,9 +120,11 @@ def trace_moving(model: Module, x: Tensor) -> Graph:
         A graph with a leaf for each layer; ``weight_balls`` gives their balls.
 
     Raises:
-        UnsupportedOperator: as ``trace`` does, or there is no such layer.
+        UnsupportedOperator: as ``trace`` does; or there is no such layer, or one whose input does not depend on x,
+            whose weights are used otherwise too, or which shares some of them, and not all, with another layer.
     """
     still = trace(model, x)
+    _check_all_move(model, still)
     now: dict[Node, Node] = {}
     nodes: list[Node] = []
     leaves: dict[str, Node] = {}
@@ -141,6 +144,26 @@ def trace_moving(model: Module, x: Tensor) -> Graph:
         raise UnsupportedOperator("the model has no linear or convolutional layer whose weights could move")
     leaves |= {name: now[leaf] for name, leaf in still.leaves.items()}
     return dataclasses.replace(still, nodes=nodes, leaves=leaves, output=now[still.output], _before={})
+
+
+def _check_all_move(model: Module, graph: Graph) -> None:
+    """Refuse weights of layers in operators that would not move, and layers that would move by more than ``eps``."""
+    names: dict[Tensor, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            own: dict[Tensor, str] = {p: f"{path}.{name}" for name, p in module.named_parameters(recurse=False)}
+            if 0 < len(own.keys() & names.keys()) < len(own):
+                raise UnsupportedOperator(
+                    f"{path!r} shares a weight with another layer but not all: it could move by both balls together"
+                )
+            names |= own
+    for node in graph.nodes:
+        for held in (n.op.fetch() for n in node.inputs if isinstance(n.op, Constant)):
+            if held in names and not (node.perturbed and isinstance(node.op, Linear | Conv)):
+                raise UnsupportedOperator(
+                    f"{names[held]!r} is used in {node.name!r}, which is no layer on what depends on the input: its "
+                    "bounds would not count that these weights move"
+                )
 
 
 def weight_balls(graph: Graph, eps: float) -> dict[str, Ball]:
@@ -230,7 +253,7 @@ class WeightNoise:
         eps: radius of each layer's ball, in the units of the weights; noise lies on its surface, where in many
             dimensions nearly all of a ball is.
         draws: of the noise.
-        proven: examples of which the loss is bounded; 0 leaves it out.
+        proven: examples of which the loss is bounded, at most 512; 0 leaves it out.
         fact: the plan's fact that gives the examples.
         suffix: put after each name.
     """

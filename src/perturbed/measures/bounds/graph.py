@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from perturbed.errors import PerturbedError
 from perturbed.measures.bounds.layout import Place, Placed
@@ -121,8 +122,8 @@ def trace(
     Raises:
         ValueError: no such axis of the input.
         UnsupportedOperator: the name and place of an operator without a rule, or of one that mixes the examples of a
-            batch; or the graph does not compute what the model does (its output depends on random draws or on what
-            changes at each call).
+            batch or reads what was written over in place; or the graph does not compute what the model does (its
+            output depends on random draws or on what changes at each call).
     """
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis={axis}, but the input has {x.dim()} axes: it must be the one that holds the batch")
@@ -166,6 +167,10 @@ class Builder:
 
     def build(self, program: Any) -> Graph:
         """The graph of a program that ``torch.export`` gave."""
+        stale = reads_stale(program)
+        if stale is not None:
+            self.place = stale.name
+            raise self.refusal("it reads what an in-place operator has written over since, through a view of it say")
         env: dict[Any, Any] = {}
         signature = program.graph_signature
         parameters = {**signature.inputs_to_parameters}
@@ -195,6 +200,10 @@ class Builder:
                 result = env[next(a for a in node.args[0] if a is not None)]
         if not isinstance(result, Placed):
             raise UnsupportedOperator("the output does not depend on what is perturbed")
+        read = {result.node, *(used for node in self.nodes for used in node.inputs)}
+        unread = next((name for name in self.weights if self.leaves.get(name, result.node) not in read), None)
+        if unread is not None:
+            raise UnsupportedOperator(f"no operator of the graph reads {unread!r}: no bound would count that it moves")
         result = fronted(self, result)
         if result.place.axis is None and self.batch > 1:
             raise UnsupportedOperator("the output has no batch: it does not depend on the input")
@@ -216,9 +225,13 @@ class Builder:
         return Placed(node, place)
 
     def _parameter(self, name: str) -> Node | Placed:
-        if name in self.weights:
-            fetch = functools.partial(_lookup_expanded, self.model, name, self.batch)
-            return self._leaf(name, fetch(), Place(None), fetch)
+        own = _lookup(self.model, name)
+        moved = next((w for w in self.weights if _lookup(self.model, w) is own), None)  # a shared one has more names
+        if moved in self.leaves:
+            return Placed(self.leaves[moved], Place(None))
+        if moved is not None:
+            fetch = functools.partial(_lookup_expanded, self.model, moved, self.batch)
+            return self._leaf(moved, fetch(), Place(None), fetch)
         return self.add(Constant(functools.partial(_lookup, self.model, name)))
 
     def _buffer(self, program: Any, name: str) -> Node:
@@ -342,6 +355,22 @@ class Builder:
         """The shape of what the exported operator makes of the model's ``x``."""
         blank, *others = (replaced(v, lambda n: torch.empty(n.shape, device="meta")) for v in (x, *args))
         return tuple(self.operator(blank, *others, **kwargs).shape)
+
+
+def reads_stale(program: Any) -> Any:
+    """The first node of an exported program that reads what another node has since written over; None if none does."""
+    stale: set[Any] = set()
+    sharing: dict[int, set[Any]] = {}
+    for node in program.graph.nodes:
+        if stale & set(node.all_input_nodes):
+            return node
+        writes = hasattr(node.target, "_schema") and node.target._schema.is_mutable
+        for value in tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor):
+                others = sharing.setdefault(value.untyped_storage()._cdata, set())
+                stale |= others if writes else set()
+                others.add(node)
+    return None
 
 
 def _item(fn: Callable[..., Any], i: int, *values: Tensor) -> Tensor:

@@ -92,13 +92,17 @@ def dense(a: Coefficients) -> Tensor:
     return a.dense() if isinstance(a, Windows) else a
 
 
+def flat(a: Tensor) -> Tensor:
+    """Coefficients [B, S, ...], or [B, S] on one number an example, as [B, S, N]."""
+    return a.reshape(*a.shape[:2], -1)
+
+
 def dot(a: Coefficients, v: Tensor) -> Tensor:
     """Each row of coefficients times ``v`` [B or 1, ...]: [B, S]."""
     if isinstance(a, Windows):
         return a.dot(v)
-    if len(a) == 1:
-        return v.flatten(1) @ a[0].flatten(1).mT
-    return (a.flatten(2) @ v.flatten(1).unsqueeze(-1)).squeeze(-1)
+    v, a = v.reshape(len(v), -1), flat(a)
+    return v @ a[0].mT if len(a) == 1 else (a @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def scaled(a: Coefficients, by: Tensor) -> Coefficients:
@@ -476,14 +480,19 @@ class Softmax(Operator):
         return args[0].softmax(self.axis)
 
     def interval(self, node: Node, *args: Interval) -> Interval:
-        return self._shares(*args[0])
+        least, most = self._log_shares(*args[0])
+        return least.exp(), most.exp()
 
-    def _shares(self, low: Tensor, high: Tensor) -> Interval:
+    def _log_shares(self, low: Tensor, high: Tensor) -> Interval:
+        """Logarithms of each entry's least and largest share; a sum less the entry itself would lose the others."""
+
+        def before(scores: Tensor) -> Tensor:
+            whole = scores.logcumsumexp(self.axis).narrow(self.axis, 0, scores.shape[self.axis] - 1)
+            return torch.cat([torch.full_like(scores.narrow(self.axis, 0, 1), -torch.inf), whole], self.axis)
+
         def share(of: Tensor, others: Tensor) -> Tensor:
-            shift = others.amax(self.axis, keepdim=True)
-            rest = (others - shift).exp()
-            rest = (rest.sum(self.axis, keepdim=True) - rest).clamp(min=0)
-            return 1 / (1 + rest * (shift - of).exp())
+            after = before(others.flip(self.axis)).flip(self.axis)
+            return -F.softplus(torch.logaddexp(before(others), after) - of)
 
         return share(low, high), share(high, low)
 
@@ -512,8 +521,8 @@ class Softmax(Operator):
         total = (slope * m + intercept).sum(axis, keepdim=True)
         share = m.exp() / total
         lower = (share, share / total, slope)
-        least, most = self._shares(low, high)
-        log_least, log_most = least.clamp(min=1e-30).log(), most.clamp(min=1e-30).log()
+        log_least, log_most = self._log_shares(low, high)
+        least, most = log_least.exp(), log_most.exp()
         apart = log_most - log_least > 1e-5
         rate = torch.where(apart, (most - least) / (log_most - log_least).clamp(min=1e-12), most)
         base = torch.where(apart, most - rate * log_most, most * (1 - log_most))

@@ -33,6 +33,7 @@ from perturbed.measures.bounds.operators import (
     Unary,
     added,
     dot,
+    flat,
     magnitude,
 )
 from perturbed.measures.bounds.windows import Windows
@@ -74,9 +75,7 @@ class Ball:
         """The least (or largest) value of each linear function ``a`` in the ball: [B, S]."""
         if self.norm == "linf":
             return extremes(a, self.box(centre), lower)
-        reach = self.eps * (
-            a.norm(DUAL[self.norm]) if isinstance(a, Windows) else a.flatten(2).norm(DUAL[self.norm], -1)
-        )
+        reach = self.eps * (a.norm(DUAL[self.norm]) if isinstance(a, Windows) else flat(a).norm(DUAL[self.norm], -1))
         return dot(a, centre) - reach if lower else dot(a, centre) + reach
 
 

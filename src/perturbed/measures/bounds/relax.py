@@ -164,22 +164,20 @@ def exp(low: Tensor, high: Tensor) -> Lines:
 
 def log(low: Tensor, high: Tensor) -> Lines:
     """The logarithm of positive numbers: chord below, tangent at the middle above."""
-    return Lines(
-        *chord(torch.log, low, high, torch.reciprocal), *tangent(torch.log, torch.reciprocal, (low + high) / 2)
-    )
+    width = (high - low).clamp(min=NARROW * low)  # a slope of f for a narrow interval is far from the chord's near 0
+    slope = torch.log1p(width / low) / width
+    return Lines(slope, torch.log(low) - slope * low, *tangent(torch.log, torch.reciprocal, (low + high) / 2))
 
 
 def sqrt(low: Tensor, high: Tensor) -> Lines:
     """The root of positive numbers: chord below, tangent at the middle above."""
-
-    def slope(z: Tensor) -> Tensor:
-        return 0.5 * z**-0.5
-
-    return Lines(*chord(torch.sqrt, low, high, slope), *tangent(torch.sqrt, slope, (low + high) / 2))
+    slope = 1 / (torch.sqrt(low) + torch.sqrt(high))
+    return Lines(slope, torch.sqrt(low) - slope * low, *tangent(torch.sqrt, lambda z: 0.5 * z**-0.5, (low + high) / 2))
 
 
 def reciprocal(low: Tensor, high: Tensor) -> Lines:
-    """One over positive numbers: tangent at the middle below, chord above."""
+    """One over positive numbers: tangent at the middle below, chord above; no lines (nan) where ``low`` is below 0."""
+    low = low.masked_fill(low < 0, math.nan)
     slope = -1 / (low * high)
     return Lines(
         *tangent(torch.reciprocal, lambda z: -1 / z**2, (low + high) / 2), slope, torch.reciprocal(low) - slope * low
@@ -213,7 +211,9 @@ class Activation:
     cheap: bool = True
 
     def interval(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and largest value on each interval."""
+        """The least and largest value on each interval; nan where there is none."""
+        if self.falling:  # 1 / z has neither on an interval across 0
+            low, high = (end.masked_fill(low < 0, math.nan) for end in (low, high))
         first, last = self.f(low), self.f(high)
         if self.falling:
             return last, first

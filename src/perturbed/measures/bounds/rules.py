@@ -126,9 +126,10 @@ def front(fn: Rule) -> Rule:
     def placed(b: Builder, x: Any, *args: Any, **kwargs: Any) -> Placed:
         args = (fronted(b, x) if isinstance(x, Placed) else x, *args)
         for v in among((args, kwargs)):
-            if isinstance(v, Placed) and v.place.axis is not None and v.place != Place():
+            if isinstance(v, Placed) and v.place != Place() and (v is args[0] or v.place.axis is not None):
                 how = "" if v.place.alone else ", together with other entries"
-                raise b.refusal(f"it wants the batch as axis 0 of its input; it is in axis {v.place.axis}{how}")
+                where = "has none" if v.place.axis is None else f"has it in axis {v.place.axis}{how}"
+                raise b.refusal(f"it wants the batch as axis 0 of its input, which {where}")
         return Placed(fn(b, *unplaced(args), **unplaced(kwargs)), Place())
 
     return placed
