@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from perturbed.core.context import FeatureHooks
 from perturbed.core.registry import card
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
@@ -15,7 +16,7 @@ from perturbed.inputs.masking import MaskedInputs
 from perturbed.methods.masked_thought import STUDY
 
 CHANGED = {
-    "control": set(), "random": {"inputs", "optim"}, "embedding_noise": {"loss"}, "embedding_dropout": {"loss"},
+    "control": set(), "random": {"inputs", "optim"}, "embedding_noise": {"features"}, "embedding_dropout": {"features"},
 }  # fmt: skip
 
 
@@ -46,7 +47,9 @@ def test_arms_differ_in_nothing_else_and_share_the_pre_training():
     for arm, plan in plans.items():
         assert Engine(plan, 0, store).key("pretrain") == pretrained
         stage, own = plan.stage("finetune"), control.stage("finetune")
-        changed = {s for s in ("inputs", "weights", "loss", "optim") if getattr(stage, s) != getattr(own, s)}
+        changed = {
+            s for s in ("inputs", "features", "weights", "loss", "optim") if getattr(stage, s) != getattr(own, s)
+        }
         assert changed == CHANGED.get(arm, {"inputs", "weights", "optim"}), arm
         assert dataclasses.replace(stage, **{s: getattr(own, s) for s in changed}) == own
 
@@ -104,7 +107,8 @@ def gradients(arm):
     ctx = engine._ctx(stage, stage.steps)
     ctx.model = model = engine.model_at("init")
     batch = ctx.batch = next(stage.data(ctx))
-    stage.loss(model, batch, ctx).backward()
+    with FeatureHooks(model, stage.features, ctx):
+        stage.loss(model, batch, ctx).backward()
     return [p.grad for p in model.parameters()]
 
 
