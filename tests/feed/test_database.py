@@ -227,6 +227,16 @@ def run(code, *arguments):
     )
 
 
+def let_go(processes):
+    """Let all go on at once, and wait until each has ended well."""
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
+
+
 WRITER = """
     import sys
     from pathlib import Path
@@ -247,12 +257,7 @@ def test_two_processes_open_and_write_one_new_file(path, opened):
     path.parent.mkdir(parents=True)
     writers = [run(WRITER, path, name) for name in ("one", "two", "three")]  # all make the tables, or wait for them
     assert [writer.stdout.readline() for writer in writers] == ["open\n"] * 3
-    for writer in writers:
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-    for writer in writers:
-        writer.communicate(timeout=SECONDS)
-        assert writer.returncode == 0
+    let_go(writers)
     database = opened(path)
     assert count(database) == 3 * 40 + 1
     assert database.read().execute("PRAGMA integrity_check").fetchone()[0] == "ok"
@@ -363,12 +368,7 @@ def test_a_file_of_the_first_version_is_brought_on_whole_or_not_at_all(path, ope
     assert kept(path) == before
     assert before[0] == 1
     both = [run(WHOLE, path), run(WHOLE, path)]
-    for process in both:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in both:
-        process.communicate(timeout=SECONDS)
-        assert process.returncode == 0
+    let_go(both)
     assert kept(path) == (len(STEPS), *before[1:])
     assert kept(path.with_name("feed.sqlite.v1.backup")) == before
     new = opened(path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from balls import generator, on_the_boundary, worst
+from torch import Tensor, nn
 
 from perturbed.measures.bounds import (
     Ball,
@@ -95,10 +96,6 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 CURVED = {"block", "functions", "tanh gelu"}  # of which the intervals soon reach beyond where 1 / z is defined
 
 
-def generator(seed: int = 0) -> Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def filled(net: nn.Module, x: Tensor, scale: float = 1.0) -> nn.Module:
     """Weights of our own draw, at the usual size, and running statistics that are not those of a new network."""
     rng = generator()
@@ -125,30 +122,6 @@ def images(count: int = 3) -> Tensor:
 def made(name: str) -> tuple[nn.Module, Tensor]:
     x = images()
     return filled(NETS[name](), x), x
-
-
-def on_the_boundary(x: Tensor, eps: float, norm: Norm, count: int) -> Iterator[Tensor]:
-    """Perturbed inputs at distance ``eps``: corners, single entries, random directions."""
-    rng = generator(2)
-    for _ in range(count):
-        step = torch.randn(x.shape, generator=rng).flatten(1)
-        if norm == "linf":
-            step = step.sign()
-        elif norm == "l2":
-            step = step / step.norm(dim=1, keepdim=True)
-        else:
-            step = torch.zeros_like(step).scatter(1, step.abs().argmax(1, keepdim=True), 1.0) * step.sign()
-        yield x + eps * step.view_as(x)
-
-
-def worst(net: nn.Module, x: Tensor, eps: float, at: int) -> Tensor:
-    """Inputs in the l-infinity ball that raise logit ``at`` most, by gradient ascent."""
-    z = x.clone()
-    for _ in range(10):
-        z = z.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(net(z)[:, at].sum(), z)
-        z = x + (z.detach() + eps / 3 * gradient.sign() - x).clamp(-eps, eps)
-    return z
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from balls import generator, on_the_boundary, worst
+from torch import Tensor, nn
 
 from perturbed.measures.bounds import Ball, UnsupportedOperator, bounds, lower_margins, trace
 from perturbed.measures.bounds.layout import Place
@@ -19,10 +20,6 @@ from perturbed.measures.bounds.propagate import Method, Norm
 METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown")
 WIDTH, HEADS, LENGTH, CLASSES = 8, 2, 5, 3
 SLACK = 1e-4
-
-
-def generator(seed: int = 0) -> Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def filled(net: nn.Module, seed: int = 0) -> Any:
@@ -191,32 +188,6 @@ def test_a_network_on_sequences_has_the_bounds_of_the_same_batch_first() -> None
         bounds(graph, time_first[:, :2], Ball(0.1))
 
 
-def steps(x: Tensor, eps: float, norm: Norm, axis: int) -> list[Tensor]:
-    """Perturbed inputs at distance ``eps``, each example in a direction of its own."""
-    rng, found = generator(3), []
-    for _ in range(30):
-        step = torch.randn(x.shape, generator=rng).movedim(axis, 0)
-        flat = step.flatten(1)
-        if norm == "linf":
-            flat = flat.sign()
-        elif norm == "l2":
-            flat = flat / flat.norm(dim=1, keepdim=True)
-        else:
-            flat = torch.zeros_like(flat).scatter(1, flat.abs().argmax(1, keepdim=True), 1.0) * flat.sign()
-        found.append(x + eps * flat.view_as(step).movedim(0, axis))
-    return found
-
-
-def worst(net: nn.Module, x: Tensor, eps: float, at: int) -> Tensor:
-    """Inputs in the l-infinity ball that raise logit ``at`` most, by gradient ascent."""
-    z = x.clone()
-    for _ in range(10):
-        z = z.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(net(z)[..., at].sum(), z)
-        z = x + (z.detach() + eps / 3 * gradient.sign() - x).clamp(-eps, eps)
-    return z.detach()
-
-
 @pytest.mark.parametrize("name", ["attention", "layer", "sequence"])
 def test_nothing_in_the_ball_is_out_of_bounds(name: str) -> None:
     net = filled(Sequence() if name == "sequence" else TORCH[name](False))
@@ -224,7 +195,9 @@ def test_nothing_in_the_ball_is_out_of_bounds(name: str) -> None:
     graph = trace(net, x, axis=1)
     norms: tuple[Norm, ...] = ("linf", "l2", "l1")
     for norm, eps in zip(norms, (0.01, 0.05, 0.1), strict=True):
-        near = steps(x, eps, norm, 1) + ([worst(net, x, eps, at) for at in range(CLASSES)] if norm == "linf" else [])
+        near = list(on_the_boundary(x, eps, norm, 30, axis=1))
+        if norm == "linf":
+            near += [worst(net, x, eps, at) for at in range(CLASSES)]
         with torch.no_grad():
             outputs = torch.stack([net(z) for z in near])
             found = {method: bounds(graph, x, Ball(eps, norm), method) for method in METHODS}
@@ -300,7 +273,7 @@ def test_weights_of_attention_may_move_with_the_input(axis: int) -> None:
     graph, rng = trace(net, given, weights=tuple(balls), axis=axis), generator(4)
     with torch.no_grad():
         every = {m: bounds(graph, given, balls | {"input": Ball(0.01)}, m) for m in METHODS}
-        for z in steps(given, 0.01, "linf", axis):
+        for z in on_the_boundary(given, 0.01, "linf", 30, axis=axis):
             moved = {}
             for name, ball in balls.items():
                 step = torch.randn(net.get_parameter(name).shape, generator=rng)

@@ -37,6 +37,7 @@ from perturbed.measures.bounds.operators import (
 )
 from perturbed.measures.bounds.propagate import Ball, Propagation, margins_of
 from perturbed.measures.vision import correct, examples
+from perturbed.optim.sharpness import ascent
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -216,8 +217,7 @@ def weight_noise(model: Module, eps: float, rng: Generator) -> list[list[Tensor]
     found = []
     for layer in layers_of(model):
         drawn = [torch.randn(p.shape, generator=rng, dtype=p.dtype) for p in layer]
-        length = math.sqrt(sum(float(d.double().square().sum()) for d in drawn))
-        found.append([(d * (eps / length)).to(p.device) for d, p in zip(drawn, layer, strict=True)])
+        found.append([d.to(p.device) for d, p in zip(ascent(drawn, eps), layer, strict=True)])
     return found
 
 

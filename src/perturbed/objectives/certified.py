@@ -206,8 +206,8 @@ class FlatTraining:
     def worst(self, model: Module, batch: Batch, ctx: Ctx, grown: float) -> Tensor:
         """Upper bounds [B] of the loss where the balls have the part ``grown`` of their radius."""
         graph, x = _traced(trace_moving, model, batch, ctx)
-        found = Propagation(graph, x, weight_balls(graph, self.eps * grown), "crown-ibp")
-        return worst_loss(found, batch["labels"], "separate", 1.0)
+        rows = excesses_of(batch["labels"], graph.output.shape[-1]).to(x.dtype)
+        return _upper(Propagation(graph, x, weight_balls(graph, self.eps * grown), "crown-ibp"), rows).logsumexp(1)
 
 
 @dataclass(frozen=True)
