@@ -1,11 +1,17 @@
 """Subscribing: confirmed by the address itself, ended for good, and nothing to be had from the database."""
 
 import dataclasses
+import gc
 import hashlib
+import socket
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
 from mail_parts import BASE, HOUR, NOW, Catcher, add, dump, html_of, link_of, self_signed, text_of
+from waiting import SECONDS
 
 from perturbed.feed import mail, subscriptions
 from perturbed.feed.database import Database
@@ -521,6 +527,43 @@ def test_login_after_starttls(database, tmp_path, monkeypatch):
         assert "wr0ng" not in str(told.value)
         assert subscriptions.invite(database, ANN, Wants(), "day", NOW, to=server, base=BASE) == "sent"
     assert (b"ann", b"s3cret/:@") in catcher.logins
+
+
+def test_no_connection_is_left_to_a_server_that_does_not_end_tls(database, tmp_path, monkeypatch):
+    context, certificate = self_signed(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    listener, looked = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    listener.settimeout(SECONDS)
+    server = dataclasses.replace(
+        Catcher_server(), host="localhost", port=listener.getsockname()[1], user="ann", password="wr0ng"
+    )
+
+    def serve():
+        plain, _ = listener.accept()
+        with plain:
+            told(plain, None, b"220 at your service")
+            told(plain, b"EHLO", b"250-here\r\n250 STARTTLS")
+            told(plain, b"STARTTLS", b"220 go on")
+            with context.wrap_socket(plain, server_side=True) as secret:
+                told(secret, b"EHLO", b"250-here\r\n250 AUTH PLAIN")
+                told(secret, b"AUTH PLAIN", b"535 no")
+                assert looked.wait(SECONDS)
+
+    with listener, ThreadPoolExecutor(1) as pool, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        serving = pool.submit(serve)
+        with pytest.raises(MailError, match="refuses the user or password"):
+            subscriptions.invite(database, ANN, Wants(), "day", NOW, to=server, base=BASE)
+        gc.collect()
+        looked.set()
+        serving.result(SECONDS)
+    assert [str(one.message) for one in warned if one.category is ResourceWarning] == []
+
+
+def told(connection, expected, answer):
+    if expected is not None:
+        assert connection.recv(1000).startswith(expected)
+    connection.sendall(answer + b"\r\n")
 
 
 # --- headers -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ signing them (DKIM must cover both List-Unsubscribe fields) is the relay's part.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import textwrap
@@ -19,7 +20,7 @@ from email.policy import SMTP
 from email.utils import format_datetime, parseaddr
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 import aiosmtplib
@@ -238,6 +239,19 @@ def _byline(entry: Entry) -> str:
 # --- the server --------------------------------------------------------------------------------------------------
 
 
+class _Client(aiosmtplib.SMTP):
+    """Whose connection is over once it is closed.
+
+    Closing TLS waits for the server's answer, and the event loop may end before that: the socket would stay open.
+    """
+
+    def close(self) -> None:
+        transport = cast(asyncio.Transport | None, self.transport)
+        super().close()
+        if transport is not None:
+            transport.abort()
+
+
 @asynccontextmanager
 async def connected(to: Server) -> AsyncIterator[aiosmtplib.SMTP]:
     """A session with the server, logged in.
@@ -245,7 +259,7 @@ async def connected(to: Server) -> AsyncIterator[aiosmtplib.SMTP]:
     Raises:
         MailError: It cannot be reached, offers no TLS where a password would be sent, or refuses the login.
     """
-    client = aiosmtplib.SMTP(
+    client = _Client(
         hostname=to.host,
         port=to.port,
         username=to.user,
