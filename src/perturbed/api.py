@@ -71,7 +71,9 @@ def _with_arms(study: Study, names: Sequence[str]) -> Study:
         raise PlanError(f"the study has no arm {unknown[0]!r}: {nearest(unknown[0], study.arms)}")
     wanted = {study.primary, study.reference, *names}
     sham = study.sham if study.sham in names else None
-    return dataclasses.replace(study, arms={n: a for n, a in study.arms.items() if n in wanted}, sham=sham)
+    kept = {n: a for n, a in study.arms.items() if n in wanted}
+    asked = {n: c for n, c in study.contrasts.items() if c.weights.keys() <= {"control", *kept}}
+    return dataclasses.replace(study, arms=kept, contrasts=asked, sham=sham)
 
 
 def _of_arms(settings: Sequence[str], study: Study) -> list[str]:

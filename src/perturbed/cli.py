@@ -420,6 +420,13 @@ def mean_of(scores: dict[str, float | None]) -> str:
     return f"{sum(finite) / len(finite):.4g}" if len(finite) == len(scores) else f"– ({len(finite)} of {len(scores)})"
 
 
+def effect_cells(found: dict[str, Any], p: float | None) -> tuple[str, str, str]:
+    """Effect, interval and p as cells of a table; a dash where there is none."""
+    effect = "–" if found["effect"] is None else f"{found['effect']:+.4g}"
+    interval = "–" if found["interval"] is None else "\\[{:+.4g}, {:+.4g}]".format(*found["interval"])
+    return effect, interval, "–" if p is None else f"{p:.3g}"
+
+
 def print_record(record: Record) -> None:
     """A record's verdict table."""
     from rich.markup import escape
@@ -436,18 +443,18 @@ def print_record(record: Record) -> None:
             table.add_row(arm, mean, "", "", "", "")
             continue
         against = "" if entry["reference"] == "control" else f" (against {entry['reference']})"
-        interval = "–" if entry["interval"] is None else f"[{entry['interval'][0]:+.4g}, {entry['interval'][1]:+.4g}]"
-        effect = "–" if entry["effect"] is None else f"{entry['effect']:+.4g}"
-        p = "–" if entry["p"] is None else f"{entry['p']:.3g}"
         label = f"[bold]{arm}[/]{against}" if arm == record["primary"] else f"{arm}{against}"
-        table.add_row(label, mean, effect, escape(interval), p, colour(entry["verdict"]))
+        table.add_row(label, mean, *effect_cells(entry, entry["p"]), colour(entry["verdict"]))
     out.print(table)
     for pair, found in record.get("interaction", {}).items():
         if found["effect"] is not None:
-            low, high = found["interval"]
-            out.print(
-                f"{pair}: together {found['effect']:+.4g} beyond the sum \\[{low:+.4g}, {high:+.4g}]", highlight=False
-            )
+            effect, interval, _ = effect_cells(found, found["p"])
+            out.print(f"{pair}: together {effect} beyond the sum {interval}", highlight=False)
+    if record.get("contrasts"):
+        table = new_table("further question", "effect", "95 % interval", "Holm p", "verdict")
+        for asked in record["contrasts"].values():
+            table.add_row(escape(asked["asks"]), *effect_cells(asked, asked["p_holm"]), colour(asked["verdict"]))
+        out.print(table)
     for name, gate in record["gates"].items():
         if gate["pass"] is False:
             out.print(f"[red]gate {name} failed[/]: {escape(gate['detail'])}", highlight=False)

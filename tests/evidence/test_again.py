@@ -37,6 +37,10 @@ def test_a_study_run_again_must_give_the_verdict_and_effects_within_the_interval
     for effect in (0.39, None):
         with pytest.raises(StaleError, match="outside"):
             again._compare("m", record(), fresh | {"arms": {"a": {"effect": effect}}})
+    asked = {"contrasts": {"why": {"effect": 0.1, "interval": [0.0, 0.2]}}}
+    again._compare("m", record() | asked, fresh | asked)
+    with pytest.raises(StaleError, match="the effect of why is None"):
+        again._compare("m", record() | asked, fresh)
 
 
 def test_every_method_has_its_turn(monkeypatch):

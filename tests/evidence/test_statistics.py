@@ -336,18 +336,3 @@ def test_power_solves_for_any_of_the_three():
 def test_power_refuses_what_it_cannot_plan(given, message):
     with pytest.raises(ValueError, match=message):
         st.power(**given)
-
-
-# --- combinations
-
-
-def test_an_interaction_is_what_exceeds_the_sum_of_the_parts():
-    a, b, extra = normal(8, 1), normal(8, 2), normal(8, 3, shift=2)
-    found = st.interaction(a + b + extra, a, b)
-    assert found.effect == pytest.approx(extra.mean())
-    np.testing.assert_allclose(found.interval, st.t_interval(extra))
-    assert found.p == st.sign_flip_p(extra)
-    whole = [1.0, 2.0, -3.0], [4.0, 0.0, 2.0]
-    assert st.interaction(np.add(*whole), *whole) == st.Interaction(effect=0.0, interval=(0.0, 0.0), p=1.0)
-    with pytest.raises(ValueError, match="same seeds in all arms; there are 8, 7, 8"):
-        st.interaction(a, a[:7], b)

@@ -103,7 +103,8 @@ def rerun(slug: str) -> str:
 def _compare(slug: str, record: dict[str, Any], fresh: dict[str, Any]) -> None:
     if fresh["verdict"] != record["verdict"]:
         raise StaleError(f"{slug} run again is {fresh['verdict']}, committed is {record['verdict']}")
-    for arm, entry in record["arms"].items():
-        effect, interval = fresh["arms"].get(arm, {}).get("effect"), entry["interval"]
+    found = {**fresh["arms"], **fresh.get("contrasts", {})}
+    for name, entry in {**record["arms"], **record.get("contrasts", {})}.items():
+        effect, interval = found.get(name, {}).get("effect"), entry["interval"]
         if interval is not None and (effect is None or not interval[0] <= effect <= interval[1]):
-            raise StaleError(f"{slug} run again: the effect of {arm} is {effect}, outside {interval}")
+            raise StaleError(f"{slug} run again: the effect of {name} is {effect}, outside {interval}")

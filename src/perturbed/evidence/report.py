@@ -153,8 +153,8 @@ def page_values(record: Record, history: Sequence[Record] = ()) -> dict[str, Any
 
     Returns:
         ``verdict`` (`shown_verdict`), ``story`` (its sentences), ``advice``, ``tiles``, ``registered``, ``ours``,
-        ``arms``, ``sham``, ``other_terms``, ``interactions``, ``secondary``, ``cost``, ``gates``, ``scores``,
-        ``origin`` and ``history``: text, ready to be escaped.
+        ``arms``, ``sham``, ``other_terms``, ``contrasts``, ``interactions``, ``secondary``, ``cost``, ``gates``,
+        ``scores``, ``origin`` and ``history``: text, ready to be escaped.
 
     Raises:
         KeyError: if the record lacks a field that every record has.
@@ -173,6 +173,7 @@ def page_values(record: Record, history: Sequence[Record] = ()) -> dict[str, Any
         "arms": [_arm(record, arm) for arm in figures.arm_order(record)],
         "sham": _sham(record),
         "other_terms": _other_terms(record),
+        "contrasts": [_contrast(name, asked) for name, asked in (record.get("contrasts") or {}).items()],
         "interactions": [_interaction(record, name) for name in record.get("interaction") or {}],
         "secondary": _secondary(record),
         "cost": _cost(record),
@@ -472,6 +473,26 @@ def _arm(record: Record, arm: str) -> dict[str, Any]:
     }
 
 
+def _contrast(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    interval = asked["interval"]
+    terms = [f"{'' if abs(w) == 1 else f'{abs(w):g} '}{arm}" for arm, w in asked["weights"].items()]
+    signs = ["+" if w > 0 else MINUS for w in asked["weights"].values()]
+    formula = " ".join(f"{sign} {term}" for sign, term in zip(signs, terms, strict=True)).removeprefix("+ ")
+    epsilon = asked["epsilon"]
+    return {
+        "name": name,
+        "asks": asked["asks"],
+        "weighs": f"{asked['metric']} of {formula}" + (", in logarithms" if asked["transform"] == "log" else ""),
+        "claimed": asked["direction"] + (f", ε ±{number(epsilon)}{effect_unit(asked)}" if epsilon else ""),
+        "effect": signed(asked["effect"], places(interval))
+        + (effect_unit(asked) if asked["effect"] is not None else ""),
+        "interval": span(interval) if interval else DASH,
+        "p": _p(asked["p"]),
+        "p_holm": _p(asked["p_holm"]),
+        "verdict": shown_verdict(asked, asked["verdict"], bool(asked["trivial"])),
+    }
+
+
 def _p(p: float | None) -> str:
     if p is None:
         return DASH
@@ -523,7 +544,9 @@ def _interaction(record: Record, name: str) -> dict[str, Any]:
     result = record["interaction"][name]
     effect, interval = result.get("effect"), result.get("interval")
     drawn = effect is not None and figures.interaction_parts(record, name) is not None
-    if effect is None or interval is None:
+    if effect is not None and interval is None:
+        meaning = "too few seeds, or the same in every one, so there is nothing to test against"
+    elif interval is None:
         meaning = "not every seed has a finite score in all of its arms"
     elif interval[0] > 0:
         meaning = "together they do more, in the claimed direction, than the sum of what each does alone"

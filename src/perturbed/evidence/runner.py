@@ -17,9 +17,8 @@ from perturbed.core.registry import Card
 from perturbed.core.run import Result, settings
 from perturbed.errors import PlanError
 from perturbed.evidence.pool import Job, Listener, Pool, cores
-from perturbed.evidence.statistics import interaction, paired_differences
 from perturbed.evidence.study import Study
-from perturbed.evidence.verdict import judge_record
+from perturbed.evidence.verdict import judge_contrast, judge_record
 
 Record = dict[str, Any]
 Results = dict[str, dict[int, Result]]
@@ -227,6 +226,9 @@ def _record(setting: Setting, results: Results, started: str) -> Record:
         "machine": {**machine(), **settings(), "cores": cores()},
         "artifacts": {a: {str(s): r.artifacts for s, r in of.items()} for a, of in results.items()},
         "references": dict(study.references),
+        "contrasts": {
+            n: dataclasses.asdict(c) for n, c in study.contrasts.items() if c.weights.keys() <= results.keys()
+        },
         "source_sha": source_hash(f"perturbed.methods.{card.slug.replace('-', '_')}") if card else None,
         "command": setting.command,
         "started": started,
@@ -248,19 +250,11 @@ def _thin(curve: Sequence[tuple[int, float]], points: int = 40) -> Sequence[tupl
 
 def add_interactions(record: Record, pairs: Mapping[str, tuple[str, str]]) -> Record:
     """The record with, for each combined arm, how far it is from the sum of its two parts."""
-
-    def differences(arm: str) -> Any:
-        pairs = [(record["scores"][arm][str(s)], record["scores"]["control"][str(s)]) for s in record["seeds"]]
-        if any(None in pair for pair in pairs):
-            return None
-        treated, control = zip(*pairs, strict=True)
-        return paired_differences(treated, control, direction=record["direction"], transform=record["transform"])
-
     found = {}
     for both, (one, two) in pairs.items():
-        d = [differences(arm) for arm in (both, one, two)]
-        known = None if any(x is None for x in d) or len(record["seeds"]) < 2 else interaction(*d)
-        found[both] = dataclasses.asdict(known) if known else {"effect": None, "interval": None, "p": None}
+        asked = {name: record[name] for name in ("metric", "direction", "epsilon", "transform")}
+        told = judge_contrast(record, {**asked, "weights": {both: 1, one: -1, two: -1, "control": 1}})
+        found[both] = {"effect": told.effect, "interval": told.interval and list(told.interval), "p": told.p}
     return {**record, "interaction": found}
 
 

@@ -47,15 +47,6 @@ class Power:
     alpha: float = ALPHA
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interaction:
-    """What a combination does beyond the sum of its parts: mean contrast, 95 % t interval, sign-flip p-value."""
-
-    effect: float
-    interval: tuple[float, float]
-    p: float
-
-
 def _vector(values: ArrayLike, fewest: int = 1) -> Vector:
     d = np.asarray(values, dtype=np.float64)
     if d.ndim != 1 or d.size < fewest:
@@ -465,24 +456,3 @@ def _fewest_seeds(units: float) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if _units(middle) <= units else (middle, high)
     return high
-
-
-def interaction(combined: ArrayLike, first: ArrayLike, second: ArrayLike) -> Interaction:
-    """Return how far two changes together differ from the sum of each alone.
-
-    Args:
-        combined: Differences of both together against the control, one a seed.
-        first: Differences of the one alone, same seeds in the same order.
-        second: Differences of the other alone.
-
-    Returns:
-        Mean, 95 % t interval and sign-flip p-value of ``i_s = d_ab - d_a - d_b``; 0 means that the effects add up.
-
-    Raises:
-        ValueError: The lengths differ, or there are fewer than two seeds.
-    """
-    ab, a, b = _vector(combined, fewest=2), _vector(first, fewest=2), _vector(second, fewest=2)
-    if not ab.size == a.size == b.size:
-        raise ValueError(f"an interaction needs the same seeds in all arms; there are {ab.size}, {a.size}, {b.size}")
-    contrast = ab - a - b
-    return Interaction(effect=mean(contrast), interval=t_interval(contrast), p=sign_flip_p(contrast))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -74,6 +75,38 @@ class PaperScale:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A further question of a study: a weighted sum of arms' scores of one seed, judged against zero.
+
+    A difference on another metric is ``{"masked": 1, "control": -1}``, an interaction ``{"both": 1, "one": -1,
+    "other": -1, "control": 1}``. It is a look among others: Holm's correction counts it with the secondary arms.
+
+    Args:
+        weights: of the arms; they sum to 0, so that what all arms share cancels.
+        asks: what is claimed, in one sentence.
+        metric: whose scores are weighed; any that the plan's or the study's measures give.
+        direction: of the claim.
+        epsilon: smallest effect of interest, in units of the metric (of its logarithm with ``transform="log"``).
+        unit: of the metric.
+        transform: weigh scores as they are, or their logarithms.
+    """
+
+    weights: Mapping[str, float]
+    asks: str
+    metric: str
+    direction: Direction
+    epsilon: float | None = None
+    unit: str = ""
+    transform: Literal["raw", "log"] = "raw"
+
+    def __post_init__(self) -> None:
+        if not math.isclose(sum(self.weights.values()), 0, abs_tol=1e-12) or not any(self.weights.values()):
+            raise PlanError(f"the weights of a contrast must sum to 0 and not all be 0: {dict(self.weights)}")
+        if self.direction == "equal" and self.epsilon is None:
+            raise PlanError("a contrast of direction 'equal' needs an epsilon: how large a difference is still equal")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A paper's claim made testable.
 
@@ -95,6 +128,7 @@ class Study:
         scales: fields of ``plan`` by scale.
         full_arms: further arms of the ``full`` scale.
         references: the arm that a secondary arm is compared with, where that is not the control.
+        contrasts: further questions, each on a metric of its own; one that weighs an arm of ``full`` is asked there.
         measures: added to the plan of every arm.
         seeds: how many.
         paper: the paper's setting.
@@ -117,6 +151,7 @@ class Study:
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     full_arms: Arms = field(default_factory=lambda: MappingProxyType({}))
     references: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    contrasts: Mapping[str, Contrast] = field(default_factory=lambda: MappingProxyType({}))
     measures: tuple[Measure, ...] = ()
     seeds: int = 8
     paper: PaperScale | None = None
@@ -126,6 +161,15 @@ class Study:
         for name in (self.primary, self.reference, self.sham):
             if name is not None and name not in known:
                 raise PlanError(f"study names the arm {name!r}, which it does not have: {nearest(name, known)}")
+        every = [*known, *self.full_arms]
+        for name, contrast in self.contrasts.items():
+            if name in every:
+                raise PlanError(f"contrast {name!r} has the name of an arm: give it one of its own")
+            for arm in contrast.weights:
+                if arm not in every:
+                    raise PlanError(
+                        f"contrast {name!r} weighs the arm {arm!r}, which is not there: {nearest(arm, every)}"
+                    )
         clash = [a for a in (*self.arms, *self.full_arms) if a == "control" or not a.replace("+", "_").isidentifier()]
         if clash:
             raise PlanError(f"arm name {clash[0]!r} must be an identifier and not 'control'")

@@ -158,6 +158,8 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
     paired t p-values, and to be ``supported`` or ``contradicted`` an arm needs ``p_holm <= alpha`` besides: several
     looks do not make a finding. A failed gate makes every arm ``invalid``.
 
+    Each of ``contrasts`` is judged as `judge_contrast` says; they count among the looks that Holm's correction is for.
+
     ``specific`` belongs to the primary arm: the 95 % interval of treatment - sham excludes 0, on the side of the effect
     (any side for direction ``equal``, and where the reference is not the control that the sham stands beside). None
     without a sham in the scores, or where that interval does not exist.
@@ -168,7 +170,7 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``arms`` {arm: reference, effect, interval, p, p_holm, detectable, verdict, trivial, specific, finite, n},
-        ``verdict``, ``trivial`` and ``specific`` of the record.
+        ``verdict``, ``trivial`` and ``specific`` of the record; ``contrasts``, where it asks any, with what they say.
 
     Raises:
         ValueError: An arm that is named has no scores, or an arm lacks a seed (arm and seeds are named).
@@ -191,40 +193,101 @@ def judge_record(record: Mapping[str, Any]) -> dict[str, Any]:
             alpha=alpha,
             transform=record["transform"],
             bounds=record["bounds"],
-            gates_pass=all(gate["pass"] is not False for gate in record["gates"].values()),
+            gates_pass=_gates_pass(record),
         )
 
+    questions = record.get("contrasts") or {}
     judged = {arm: contrast(arm, against) for arm, against in references.items()}
-    adjusted = _holm({arm: found.p_t for arm, found in judged.items() if arm != primary})
-    for arm, p in adjusted.items():
-        found = judged[arm]
-        if found.interval and found.verdict in ("supported", "contradicted"):
-            verdict = _finding(found.interval, p, found.p_equivalence, record["direction"], record["epsilon"], alpha)
-            judged[arm] = replace(found, verdict=verdict)
+    judged |= {name: judge_contrast(record, question) for name, question in questions.items()}
+    adjusted = _holm({look: found.p_t for look, found in judged.items() if look != primary})
+    for look, p in adjusted.items():
+        judged[look] = _after_holm(judged[look], p, questions.get(look, record), alpha)
     found = judged[primary]
     specific = None
     if sham is not None and sham in scores and sham != primary:
         specific = _specific(found.effect, contrast(primary, sham), sham_on_either_side(record))
+    told = {look: _told(found, adjusted.get(look)) for look, found in judged.items()}
     return {
         "arms": {
-            arm: {
-                "reference": references[arm],
-                "effect": found.effect,
-                "interval": list(found.interval) if found.interval else None,
-                "p": found.p,
-                "p_holm": adjusted.get(arm),
-                "detectable": found.detectable,
-                "verdict": found.verdict,
-                "trivial": found.trivial,
-                "specific": specific if arm == primary else None,
-                "finite": found.finite,
-                "n": found.n,
-            }
-            for arm, found in judged.items()
+            arm: {"reference": against, **told[arm], "specific": specific if arm == primary else None}
+            for arm, against in references.items()
         },
+        **({"contrasts": {name: {**asked, **told[name]} for name, asked in questions.items()}} if questions else {}),
         "verdict": found.verdict,
         "trivial": found.trivial,
         "specific": specific,
+    }
+
+
+def judge_contrast(record: Mapping[str, Any], question: Mapping[str, Any]) -> Judgement:
+    """Judge a weighted sum of a record's arms, seed by seed, against zero.
+
+    Args:
+        record: ``scores``, ``secondary``, ``metric``, ``seeds``, ``alpha`` and ``gates`` are read.
+        question: ``weights`` {arm: weight}, and ``metric``, ``direction``, ``epsilon`` and ``transform`` as of a study.
+
+    Returns:
+        What `judge` says of the arms of positive weight against those of negative weight; a seed without a finite
+        score in one of them has diverged.
+
+    Raises:
+        ValueError: The record has no such arm or metric, or a logarithm meets a score that is not positive.
+    """
+    metric = question["metric"]
+    by_arm = record["scores"] if metric == record["metric"] else record["secondary"].get(metric, {})
+    for arm in question["weights"]:
+        if arm not in by_arm:
+            raise ValueError(f"the record has no {metric!r} of arm {arm!r}, which a contrast weighs")
+    positive, negative = (
+        {seed: _side(by_arm, question, str(seed), sign) for seed in record["seeds"]} for sign in (1, -1)
+    )
+    return judge(
+        positive,
+        negative,
+        direction=question["direction"],
+        epsilon=question["epsilon"],
+        alpha=record["alpha"],
+        gates_pass=_gates_pass(record),
+    )
+
+
+def _side(by_arm: Mapping[str, Any], question: Mapping[str, Any], seed: str, sign: int) -> float | None:
+    """The arms of positive (or negative) weight of a contrast, added up with its size."""
+    total = []
+    for arm, weight in question["weights"].items():
+        score = by_arm[arm].get(seed)
+        if score is None or not math.isfinite(score):
+            return None
+        if question["transform"] == "log" and score <= 0:
+            raise ValueError(f"seed {seed} of arm {arm!r} has the score {score}, which has no logarithm")
+        if sign * weight > 0:
+            total.append(abs(weight) * (math.log(score) if question["transform"] == "log" else score))
+    return math.fsum(total)
+
+
+def _gates_pass(record: Mapping[str, Any]) -> bool:
+    return all(gate["pass"] is not False for gate in record["gates"].values())
+
+
+def _after_holm(found: Judgement, p: float, asked: Mapping[str, Any], alpha: float) -> Judgement:
+    """The judgement with the adjusted p in place of its own, which can take a finding away."""
+    if not found.interval or found.verdict not in ("supported", "contradicted"):
+        return found
+    verdict = _finding(found.interval, p, found.p_equivalence, asked["direction"], asked["epsilon"], alpha)
+    return replace(found, verdict=verdict)
+
+
+def _told(found: Judgement, p_holm: float | None) -> dict[str, Any]:
+    return {
+        "effect": found.effect,
+        "interval": list(found.interval) if found.interval else None,
+        "p": found.p,
+        "p_holm": p_holm,
+        "detectable": found.detectable,
+        "verdict": found.verdict,
+        "trivial": found.trivial,
+        "finite": found.finite,
+        "n": found.n,
     }
 
 
@@ -323,12 +386,12 @@ def _of_seeds(record: Mapping[str, Any], arm: str) -> dict[int, float | None]:
 
 
 def _holm(p: Mapping[str, float | None]) -> dict[str, float]:
-    known = {arm: value for arm, value in p.items() if value is not None}
+    known = {look: value for look, value in p.items() if value is not None}
     if not known:
         return {}
     from perturbed.evidence.statistics import holm
 
-    return {arm: float(value) for arm, value in zip(known, holm(list(known.values())), strict=True)}
+    return {look: float(value) for look, value in zip(known, holm(list(known.values())), strict=True)}
 
 
 def _specific(effect: float | None, against_sham: Judgement, either_side: bool) -> bool | None:
