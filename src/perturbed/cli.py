@@ -395,14 +395,16 @@ def console() -> Any:
     return Console()
 
 
-def new_table(*columns: str) -> Table:
-    """A plain table."""
+def new_table(*columns: str, whole: slice = slice(0)) -> Table:
+    """A plain table; the columns ``whole`` are not broken into lines, the others rather into lines than cut off."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
+    for column in table.columns[whole]:
+        column.no_wrap = True
     return table
 
 
@@ -422,8 +424,8 @@ def mean_of(scores: dict[str, float | None]) -> str:
 
 def effect_cells(found: dict[str, Any], p: float | None) -> tuple[str, str, str]:
     """Effect, interval and p as cells of a table; a dash where there is none."""
-    effect = "–" if found["effect"] is None else f"{found['effect']:+.4g}"
-    interval = "–" if found["interval"] is None else "\\[{:+.4g}, {:+.4g}]".format(*found["interval"])
+    effect = "–" if found["effect"] is None else f"{found['effect']:+.3g}"
+    interval = "–" if found["interval"] is None else "\\[{:+.3g}, {:+.3g}]".format(*found["interval"])
     return effect, interval, "–" if p is None else f"{p:.3g}"
 
 
@@ -434,15 +436,16 @@ def print_record(record: Record) -> None:
     from perturbed.evidence.verdict import unspecific
 
     out = console()
-    unit = f" [{record['unit']}]" if record["unit"] else ""
-    table = new_table("arm", escape(f"{record['metric']}{unit}"), "effect", "95 % interval", "p", "verdict")
+    unit = f" in {record['unit']}" if record["unit"] else ""
+    out.print(f"{record['metric']}{unit}", highlight=False, markup=False)
+    table = new_table("arm", "mean", "effect", "95 % interval", "p", "verdict", whole=slice(1, None))
     for arm in record["scores"]:
         mean = mean_of(record["scores"][arm])
         entry = record["arms"].get(arm)
         if entry is None:
             table.add_row(arm, mean, "", "", "", "")
             continue
-        against = "" if entry["reference"] == "control" else f" (against {entry['reference']})"
+        against = "" if entry["reference"] == "control" else f" against {entry['reference']}"
         label = f"[bold]{arm}[/]{against}" if arm == record["primary"] else f"{arm}{against}"
         table.add_row(label, mean, *effect_cells(entry, entry["p"]), colour(entry["verdict"]))
     out.print(table)
@@ -451,7 +454,7 @@ def print_record(record: Record) -> None:
             effect, interval, _ = effect_cells(found, found["p"])
             out.print(f"{pair}: together {effect} beyond the sum {interval}", highlight=False)
     if record.get("contrasts"):
-        table = new_table("further question", "effect", "95 % interval", "Holm p", "verdict")
+        table = new_table("further question", "effect", "95 % interval", "Holm p", "verdict", whole=slice(1, None))
         for asked in record["contrasts"].values():
             table.add_row(escape(asked["asks"]), *effect_cells(asked, asked["p_holm"]), colour(asked["verdict"]))
         out.print(table)

@@ -274,7 +274,7 @@ def test_the_table_shows_units_and_no_mean_of_an_arm_that_diverged(capsys):
     record["claim"] = {"text": "more [of] it", "paper": "by [much]"}
     cli.print_record(record)
     out = capsys.readouterr().out
-    assert "exposure [bits]" in out
+    assert "exposure in bits" in out
     assert "– (2 of 3)" in out
     assert "more [of] it" in out
     assert "by [much]" in out

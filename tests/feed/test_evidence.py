@@ -12,6 +12,7 @@ from datetime import datetime
 
 import numpy as np
 import pytest
+from mail_parts import application
 from waiting import SECONDS
 
 from perturbed.evidence import ledger
@@ -448,6 +449,23 @@ def test_arms_that_were_combined_have_their_interaction(nothing):
     assert [title for title in page.figure_titles.values() if "Interaction" in title] == ["Interaction: a+b"]
     drawn = "".join(ET.fromstring(page.figures["interaction-0"]).itertext())
     assert "a+b" in drawn
+
+
+def test_further_questions_are_told_with_what_came_out(nothing, tmp_path):
+    control = record()["scores"]["control"]
+    scores = {"control": control, "a": {seed: score + 1 + 0.01 * int(seed) for seed, score in control.items()}}
+    asked = {
+        "weights": {"a": 1, "control": -1}, "asks": "speed is <b>the same</b>", "metric": "speed", "unit": "m/s",
+        "direction": "equal", "epsilon": 0.5, "transform": "raw",
+    }  # fmt: skip
+    own(scores=scores, primary="a", sham=None, secondary={"speed": scores}, contrasts={"speed": asked})
+    (question,) = evidence.evidence("meco").questions
+    assert (question.asks, question.weighs) == ("speed is <b>the same</b>", "speed of a − control, in m/s")
+    assert (question.claimed, question.verdict.word) == ("equal, ε ±0.5", "contradicted")
+    assert question.effect.startswith("+1.0")
+    _, client = application(tmp_path)
+    page = client.get("/papers/2501.01956").text
+    assert "Speed is &lt;b&gt;the same&lt;/b&gt;<small>speed of a − control, in m/s; claimed: equal, ε ±0.5" in page
 
 
 def test_two_threads_draw_what_one_draws(package, tmp_path, monkeypatch):

@@ -482,12 +482,10 @@ def _contrast(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "asks": asked["asks"],
-        "weighs": f"{asked['metric']} of {formula}" + (", in logarithms" if asked["transform"] == "log" else ""),
-        "claimed": asked["direction"] + (f", ε ±{number(epsilon)}{effect_unit(asked)}" if epsilon else ""),
-        "effect": signed(asked["effect"], places(interval))
-        + (effect_unit(asked) if asked["effect"] is not None else ""),
+        "weighs": f"{asked['metric']} of {formula}" + (f", in{effect_unit(asked)}" if effect_unit(asked) else ""),
+        "claimed": asked["direction"] + (f", ε ±{number(epsilon)}" if epsilon else ""),
+        "effect": signed(asked["effect"], places(interval)),
         "interval": span(interval) if interval else DASH,
-        "p": _p(asked["p"]),
         "p_holm": _p(asked["p_holm"]),
         "verdict": shown_verdict(asked, asked["verdict"], bool(asked["trivial"])),
     }

@@ -61,6 +61,20 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Question:
+    """A further question of the study: a contrast of arms on some metric, as text."""
+
+    name: str
+    asks: str
+    weighs: str
+    claimed: str
+    effect: str
+    interval: str
+    p_holm: str
+    verdict: Shown
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """A gate: ``css`` is ``pass``, ``fail`` or ``none``."""
 
@@ -187,6 +201,7 @@ class Evidence:
     arms: tuple[Arm, ...]
     sham: str | None
     other_terms: str | None
+    questions: tuple[Question, ...]
     interactions: tuple[Interaction, ...]
     gates: tuple[Gate, ...]
     cost: Table | None
@@ -282,6 +297,7 @@ def _page(slug: str, found: Found) -> Evidence:
         arms=tuple(Arm(**{**arm, "verdict": _shown(arm["verdict"])}) for arm in told["arms"]),
         sham=told["sham"],
         other_terms=told["other_terms"],
+        questions=tuple(Question(**{**one, "verdict": _shown(one["verdict"])}) for one in told["contrasts"]),
         interactions=tuple(
             Interaction(**{name: one[name] for name in ("name", "effect", "interval", "p", "meaning")})
             for one in told["interactions"]
