@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch.nn import Module
 
 from perturbed.core.plan import Intervention, Plan, apply
 from perturbed.core.registry import Card, Method, card, load
-from perturbed.core.run import accelerator
+from perturbed.core.run import Result, accelerator
 from perturbed.core.run import settings as settings_of_runs
 from perturbed.errors import PlanError, nearest
-from perturbed.evidence.pool import Place, Pool
+from perturbed.evidence.pool import Listener, Place, Pool
 from perturbed.evidence.progress import Bars
 from perturbed.evidence.runner import Fixed, Record, Setting, add_interactions, check_seeds, default_store, run_study
 from perturbed.evidence.settings import apply_settings, load_plan, plan_file
 from perturbed.evidence.study import Direction, Recipe, Study
+from perturbed.evidence.verdict import judge
 
 PLAIN = {"processes": 1, "accumulate": 1, "precision": "no"}  # how registered studies are run
 Seeds = int | Iterable[int]
@@ -25,7 +30,44 @@ Arm = Sequence[Intervention]
 
 
 def _seeds(seeds: Seeds) -> tuple[int, ...]:
-    return check_seeds(range(seeds) if isinstance(seeds, int) else seeds)
+    if isinstance(seeds, str):
+        raise PlanError(f"seeds={seeds!r}: give how many (8) or which ([0, 1, 2])")
+    if isinstance(seeds, Iterable):
+        return check_seeds(_whole(seed) for seed in seeds)
+    return check_seeds(range(_whole(seeds)))
+
+
+def _whole(seed: Any) -> int:
+    try:
+        return operator.index(seed)  # also of numpy and torch
+    except TypeError as e:
+        raise PlanError(f"seed {seed!r} is a {type(seed).__name__}; seeds are whole numbers from 0") from e
+
+
+def _recipe(plan: object) -> Recipe:
+    """The recipe behind what a caller may give as a plan.
+
+    Raises:
+        PlanError: it is nothing that gives a plan.
+    """
+    if isinstance(plan, str):
+        return load_plan(plan)
+    if isinstance(plan, Plan):
+        return Fixed(plan)
+    if callable(plan) and not isinstance(plan, Module | type):
+        made = plan()
+        if isinstance(made, Plan):
+            return plan if dataclasses.is_dataclass(plan) else Fixed(made)
+    raise PlanError(
+        f"plan is a {type(plan).__name__}: give a Plan (pt.Plan.from_model makes one of a model), a built-in plan's "
+        "name or dataclass, or FILE.py:NAME"
+    )
+
+
+def _texts(name: str, texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str | Mapping):
+        raise PlanError(f"{name}={texts!r}: give a list of strings")
+    return texts
 
 
 def setting(
@@ -35,7 +77,7 @@ def setting(
     scale: str = "laptop",
     arms: Sequence[str] = (),
     settings: Sequence[str] = (),
-    plan: str | Plan | None = None,
+    plan: str | Plan | Recipe | None = None,
 ) -> Setting:
     """What ``run`` would carry out, with nothing run yet.
 
@@ -44,12 +86,15 @@ def setting(
     """
     method = load(slug)
     study: Study = method.study
-    chosen = _seeds(study.seeds if seeds is None else seeds)
+    chosen, arms, settings = (
+        _seeds(study.seeds if seeds is None else seeds),
+        _texts("arms", arms),
+        _texts("settings", settings),
+    )
     at = study.at(scale)
     smoke: Study | None = study.at("smoke")
     if plan is not None:
-        own: Recipe = load_plan(plan) if isinstance(plan, str) else Fixed(plan)
-        at = dataclasses.replace(at, plan=own)
+        at = dataclasses.replace(at, plan=_recipe(plan))
         smoke = None  # one's own plan has no smoke length, so the gates that need one do not apply
     only_full = [a for a in arms if a in study.full_arms and a not in at.arms]
     if only_full:
@@ -59,7 +104,8 @@ def setting(
     changed = bool(settings or arms) or plan is not None
     fixed = not changed and chosen == tuple(range(study.seeds)) and scale in ("laptop", "full")
     registered = fixed and PLAIN.items() <= settings_of_runs().items()
-    command = _command("run", [slug], chosen, scale, arms, settings, plan)
+    typed = plan is None or isinstance(plan, str)  # a plan that lives in Python has no command
+    command = _command("run", [slug], chosen, scale, arms, settings, plan) if typed else ""
     return Setting(at, scale, chosen, smoke, method.card, registered, command)
 
 
@@ -107,7 +153,7 @@ def run(
     scale: str = "laptop",
     arms: Sequence[str] = (),
     settings: Sequence[str] = (),
-    plan: str | Plan | None = None,
+    plan: str | Plan | Recipe | None = None,
     workers: int | None = None,
     on: Place = "local",
 ) -> Record:
@@ -119,7 +165,7 @@ def run(
         scale: ``smoke``, ``laptop`` or ``full``.
         arms: only these, with the primary and its reference.
         settings: ``FIELD=VALUE`` as ``--set`` takes them; the record is then not registered.
-        plan: another control plan: a built-in name, ``FILE.py:NAME`` or a ``Plan``.
+        plan: another control plan: a built-in name or recipe, ``FILE.py:NAME`` or a ``Plan``.
         workers: runs at once; one a core by default.
         on: ``local`` processes or ``ray`` tasks.
 
@@ -136,6 +182,10 @@ def run(
 
 def carry_out(asked: Setting, *, plan: object = None, workers: int | None = None, on: Place = "local") -> Record:
     """Run what ``setting`` described."""
+    if on not in get_args(Place):
+        raise PlanError(f"on={on!r}: it is one of {', '.join(get_args(Place))}")
+    if workers is not None and workers < 1:
+        raise PlanError(f"workers={workers}: at least 1 run at once, or None for one a core")
     if asked.scale == "paper":
         raise PlanError("the paper's own setting is priced, not run: --dry-run prices it; the largest to run is full")
     file = plan_file(plan) if isinstance(plan, str) else None
@@ -145,7 +195,26 @@ def carry_out(asked: Setting, *, plan: object = None, workers: int | None = None
     pool = Pool(default_store(), workers=1 if launched else workers, on=on, files=(file,) if file else ())
     name = asked.card.slug if asked.card else "compare"
     with Bars(name, quiet=not accelerator().is_main_process) as bars:
-        return run_study(asked, pool, bars.listen)
+        return run_study(asked, pool, lambda jobs: _Expecting(bars.listen(jobs), asked.study.metric))
+
+
+@dataclass
+class _Expecting:
+    """A listener that ends a study at the first run without its metric, not after the last."""
+
+    listener: Listener
+    metric: str
+
+    def progress(self, job: int, done: int, of: int) -> None:
+        """Passed on."""
+        self.listener.progress(job, done, of)
+
+    def finished(self, job: int, result: Result) -> None:
+        """Passed on, if the metric is there or could not be."""
+        if result.diverged is None and self.metric not in result.scores:
+            known = ", ".join(sorted(result.scores))
+            raise PlanError(f"no measure gives the metric {self.metric!r}, which decides; there is {known}")
+        self.listener.finished(job, result)
 
 
 def compare(
@@ -179,11 +248,13 @@ def compare(
     Raises:
         PerturbedError: bad input, with what to do about it.
     """
-    if not arms:
-        raise PlanError("compare needs at least one arm")
-    recipe: Recipe = load_plan(plan) if isinstance(plan, str) else Fixed(plan) if isinstance(plan, Plan) else plan
+    every = _arms(arms, factorial)
+    recipe = _recipe(plan)
     name, towards = _main(recipe(), metric, direction)
-    every: dict[str, tuple[Intervention, ...]] = {name: tuple(arm) for name, arm in arms.items()}
+    try:
+        judge([0.0], [0.0], direction=towards, epsilon=epsilon)
+    except (TypeError, ValueError) as e:  # what cannot be judged is not run
+        raise PlanError(str(e)) from e
     pairs: dict[str, tuple[str, str]] = {}
     if factorial:
         for size in range(2, len(arms) + 1):
@@ -202,13 +273,30 @@ def compare(
     return add_interactions(record, pairs) if factorial else record
 
 
+def _arms(arms: Mapping[str, Arm], factorial: bool) -> dict[str, tuple[Intervention, ...]]:
+    if not isinstance(arms, Mapping) or not arms:
+        raise PlanError("compare needs at least one arm, as in {'noise': [pt.inputs.InputNoise(0.3)]}")
+    found = {}
+    for name, arm in arms.items():
+        if factorial and "+" in name:
+            raise PlanError(f"arm {name!r}: with factorial, names with + are those of combinations; choose another")
+        if isinstance(arm, str) or not isinstance(arm, Iterable):
+            raise PlanError(f"arm {name!r} is a {type(arm).__name__}: give a list of interventions")
+        found[name] = tuple(arm)
+        for one in found[name]:
+            if isinstance(one, type) or not isinstance(one, Intervention):
+                what = f"the class {one.__name__}: make one of it" if isinstance(one, type) else repr(one)
+                raise PlanError(f"arm {name!r} holds {what}; wanted are interventions such as InputNoise(0.3)")
+    return found
+
+
 def _main(plan: Plan, metric: str | None, direction: Direction | None) -> tuple[str, Direction]:
     """The metric that decides and how it should go: as the plan's first measure says, unless one is named."""
     for measure in plan.measures:
         if metric in (None, measure.name):
             return measure.name, direction or measure.better
     if metric is None:
-        raise PlanError(f"plan {plan.name!r} measures nothing: give it a measure")
+        raise PlanError(f"plan {plan.name!r} measures nothing: give it measures, or held_out= to Plan.from_model")
     if direction is None:
         known = ", ".join(m.name for m in plan.measures)
         raise PlanError(

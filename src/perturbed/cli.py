@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,12 +21,14 @@ from perturbed.errors import Interrupted, PerturbedError
 from perturbed.feed.commands import feed, serve
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from perturbed.evidence.runner import Record
 
 app = typer.Typer(
     help="Change one thing about how a model is trained, adapted or used, and see what happens.",
+    epilog="--debug, with any command, shows the traceback of what fails.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,8 +38,8 @@ ledger = typer.Typer(help="The committed and your own evidence.", no_args_is_hel
 app.add_typer(cache, name="cache")
 app.add_typer(ledger, name="ledger")
 app.add_typer(feed, name="feed")
-app.command()(serve)
 
+Slug = Annotated[str, typer.Argument(help="Name of a method, as perturbed list tells it.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the HTML report.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="How many (8 means 0…7), or which: 0,1,2 (one: 5,).")]
@@ -65,6 +72,14 @@ def parse_seeds(text: str | None) -> int | list[int] | None:
         fail(f"--seeds {text}: write how many (8) or which (0,1,2)")
 
 
+def parse_arms(text: str | None) -> list[str]:
+    """``A,B`` as a list; empty where the option is not given."""
+    arms = [] if text is None else [arm.strip() for arm in text.split(",")]
+    if not all(arms):
+        fail(f"--arms {text}: write names of arms, as in --arms A,B; without the option all run")
+    return arms
+
+
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """``value`` if it is one of ``allowed``."""
     if value not in allowed:
@@ -77,14 +92,37 @@ def report_folder(out: Path | None) -> Path:
     from perturbed.home import home
 
     folder = out or home() / "reports"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        fail(f"cannot write reports to {folder}: {e.strerror}; choose another folder with --out")
+    with reporting(folder):
+        try_out(folder)
     return folder
+
+
+def try_out_store() -> None:
+    """Fail before any work where the runs could not be kept."""
+    from perturbed.home import home
+
+    folder = home() / "store"
+    try:
+        try_out(folder)
+    except OSError as e:
+        fail(f"cannot write to the store {folder}: {e.strerror}; set PERTURBED_HOME to a folder of yours")
+
+
+def try_out(folder: Path) -> None:
+    """Make a folder, and a file in it that goes again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+
+
+@contextlib.contextmanager
+def reporting(folder: Path) -> Iterator[None]:
+    """Say in one line that a report cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as e:
+        fail(f"cannot write reports to {folder}: {e.strerror}; make room, or choose another folder with --out")
 
 
 @app.command("list")
@@ -111,15 +149,15 @@ def list_(
     if not rows:
         print("no method matches; `perturbed list` shows all", file=sys.stderr)
         return None
-    table = new_table("method", "acts on", "year", "verdict here", "title")
+    table = new_table("method", "verdict here", "year", "acts on", "title", whole=slice(3))
     for row in rows:
-        table.add_row(row["slug"], ", ".join(row["sites"]), str(row["year"]), colour(row["verdict"]), row["title"])
-    console().print(table)
+        table.add_row(row["slug"], colour(row["verdict"]), str(row["year"]), ", ".join(row["sites"]), row["title"])
+    print_table(console(), table)
     return None
 
 
 @app.command()
-def show(slug: str, as_json: Json = False) -> None:
+def show(slug: Slug, as_json: Json = False) -> None:
     """A method's card, its claim and its evidence."""
     import dataclasses
 
@@ -145,7 +183,7 @@ def show(slug: str, as_json: Json = False) -> None:
 
 @app.command()
 def run(
-    slug: str,
+    slug: Slug,
     seeds: Seeds = None,
     scale: Annotated[str, typer.Option("--scale", help="smoke, laptop, full or paper.")] = "laptop",
     arms: Annotated[str | None, typer.Option("--arms", help="Only these arms: A,B.")] = None,
@@ -161,12 +199,17 @@ def run(
     """Run a method's study: control and arms on paired seeds, then the verdict."""
     choice("--scale", scale, ("smoke", "laptop", "full", "paper"))
     choice("--on", on, ("local", "ray"))
+    from perturbed.core.registry import card
+
+    card(slug)  # a slip of the pen is said before torch is imported
+    number, chosen = parse_seeds(seeds), parse_arms(arms)
     folder = None if dry_run else report_folder(out)
+    if not dry_run:
+        try_out_store()
     from perturbed import api
     from perturbed.evidence import dry
 
-    chosen = [a.strip() for a in arms.split(",")] if arms else []
-    asked = api.setting(slug, seeds=parse_seeds(seeds), scale=scale, arms=chosen, settings=settings or [], plan=plan)
+    asked = api.setting(slug, seeds=number, scale=scale, arms=chosen, settings=settings or [], plan=plan)
     if dry_run:
         estimate = dry.price(asked)
         return show_json(estimate) if as_json else print(dry.describe(estimate))
@@ -176,9 +219,7 @@ def run(
     record = api.carry_out(asked, plan=plan, workers=workers, on=on)
     if not speaks():
         return None
-    if scale in ("laptop", "full"):
-        record = keep(record, register)
-    return finish(record, folder, as_json)
+    return finish(record, folder, as_json, kept=scale in ("laptop", "full"), register=register)
 
 
 def speaks() -> bool:
@@ -196,15 +237,18 @@ def keep(record: Record, register: bool) -> Record:
     return ledgers.append(ledgers.file_of(folder, record["slug"] or "compare"), record)
 
 
-def finish(record: Record, folder: Path, as_json: bool) -> None:
-    """Show a record, write its page, and end with exit code 3 if a gate failed."""
+def finish(record: Record, folder: Path, as_json: bool, *, kept: bool, register: bool = False) -> None:
+    """Keep a record in a ledger, show it, write its page, and end with exit code 3 if a gate failed."""
     from perturbed.evidence.report import write_study
 
-    page = write_study(record, folder)
-    if as_json:
-        show_json(record)
-    else:
-        print_record(record)
+    try:
+        if kept:
+            record = keep(record, register)
+    finally:  # it is shown also where it cannot be kept: on a full disk, say
+        show_json(record) if as_json else print_record(record)
+    with reporting(folder):
+        page = write_study(record, folder)
+    if not as_json:
         console().print(f"report     {page}", highlight=False, soft_wrap=True)
     if any(g["pass"] is False for g in record["gates"].values()):
         raise typer.Exit(3)
@@ -212,7 +256,7 @@ def finish(record: Record, folder: Path, as_json: bool) -> None:
 
 @app.command()
 def compare(
-    slugs: list[str],
+    slugs: Annotated[list[str], typer.Argument(help="Names of methods, as perturbed list tells them.")],
     plan: Annotated[str, typer.Option("--plan", help="A built-in plan or FILE.py:NAME.")],
     factorial: Annotated[bool, typer.Option("--factorial", help="Also in combination.")] = False,
     seeds: Seeds = "8",
@@ -228,14 +272,14 @@ def compare(
     if direction is not None:
         choice("--direction", direction, ("higher", "lower", "equal"))
     choice("--on", on, ("local", "ray"))
-    folder = report_folder(out)
+    number, folder = parse_seeds(seeds), report_folder(out)
+    try_out_store()
     from perturbed import api
 
     how: dict[str, Any] = {"metric": metric, "direction": direction, "epsilon": epsilon, "workers": workers, "on": on}
-    number = parse_seeds(seeds)
     record = api.compare_methods(slugs, plan, seeds=8 if number is None else number, factorial=factorial, **how)
     if speaks():
-        finish(keep(record, register=False), folder, as_json)
+        finish(record, folder, as_json, kept=True)
 
 
 @app.command()
@@ -264,7 +308,7 @@ def judge(
         record = judge_files(scores, control=control, treatment=treatment, **how, **columns)
     except ValueError as e:
         raise PerturbedError(str(e)) from e
-    finish(record | {"command": shlex.join(["perturbed", *sys.argv[1:]])}, folder, as_json)
+    finish(record | {"command": shlex.join(["perturbed", *sys.argv[1:]])}, folder, as_json, kept=False)
 
 
 @app.command()
@@ -282,7 +326,8 @@ def power(
     try:
         found = statistics.power(sd=sd, effect=effect, seeds=seeds)
     except ValueError as e:
-        raise PerturbedError(str(e).replace("sd, effect and seeds", "--sd, --effect and --seeds")) from e
+        named = re.sub(r"\b(sd|effect|seeds)(?=,| and | must)", r"--\1", str(e)).replace("and seeds", "and --seeds")
+        raise PerturbedError(named) from e
     if as_json:
         return show_json(dataclasses.asdict(found))
     words = f"{found.seeds} seeds show a true effect of {found.effect:.4g} in 4 of 5 studies where paired differences"
@@ -324,10 +369,11 @@ def report(out: Out = None) -> None:
                 pages.setdefault(page_name(record), []).append(record)
     for records in pages.values():
         records.sort(key=lambda r: r["started"])
-        write_study(records[-1], folder, history=records[:-1])
-    console().print(
-        f"report     {write_index([r[-1] for r in pages.values()], folder)}", highlight=False, soft_wrap=True
-    )
+        with reporting(folder):
+            write_study(records[-1], folder, history=records[:-1])
+    with reporting(folder):
+        index = write_index([r[-1] for r in pages.values()], folder)
+    console().print(f"report     {index}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -375,20 +421,28 @@ def ledger_verify(
     smoke: Annotated[bool, typer.Option("--smoke", help="Run every study's smoke again and compare.")] = False,
 ) -> None:
     """Check every ledger: hashes, statistics recomputed from raw scores; on demand also by running again."""
+    from perturbed.core.registry import card
     from perturbed.evidence import ledger as ledgers
 
+    if smoke and rerun is not None:
+        fail("--rerun and --smoke: choose one")
+    if rerun not in (None, "rotate"):
+        card(rerun)
     for folder in (ledgers.package_folder(), ledgers.user_folder()):
         found = ledgers.verify(folder)
         if found.problems:
             fail("; ".join(found.problems))
         print(f"{folder}: {found.records} records, hashes and statistics hold")
-    if smoke or rerun:
+    if smoke or rerun is not None:
         from perturbed.evidence import again
 
-        print(again.smoke_all() if smoke else again.rerun(rerun or ""))
+        print(again.smoke_all() if rerun is None else again.rerun(rerun))
 
 
-def console() -> Any:
+app.command()(serve)
+
+
+def console() -> Console:
     """A rich console on standard output."""
     from rich.console import Console
 
@@ -406,6 +460,14 @@ def new_table(*columns: str, whole: slice = slice(0)) -> Table:
     for column in table.columns[whole]:
         column.no_wrap = True
     return table
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Print a table 80 columns wide where the terminal has fewer: words and numbers cut to pieces cannot be read."""
+    width = out.width
+    out.width = max(width, 80)
+    out.print(table)
+    out.width = width
 
 
 COLOURS = {"supported": "green", "contradicted": "red", "invalid": "red", "diverged": "red", "null": "cyan"}
@@ -439,16 +501,16 @@ def print_record(record: Record) -> None:
     unit = f" in {record['unit']}" if record["unit"] else ""
     out.print(f"{record['metric']}{unit}", highlight=False, markup=False)
     table = new_table("arm", "mean", "effect", "95 % interval", "p", "verdict", whole=slice(1, None))
-    for arm in record["scores"]:
+    for arm in sorted(record["scores"], key=lambda name: name != "control"):  # a ledger sorts arms by name
         mean = mean_of(record["scores"][arm])
         entry = record["arms"].get(arm)
         if entry is None:
-            table.add_row(arm, mean, "", "", "", "")
+            table.add_row(escape(arm), mean, "", "", "", "")
             continue
-        against = "" if entry["reference"] == "control" else f" against {entry['reference']}"
-        label = f"[bold]{arm}[/]{against}" if arm == record["primary"] else f"{arm}{against}"
+        against = "" if entry["reference"] == "control" else f" against {escape(entry['reference'])}"
+        label = f"[bold]{escape(arm)}[/]{against}" if arm == record["primary"] else f"{escape(arm)}{against}"
         table.add_row(label, mean, *effect_cells(entry, entry["p"]), colour(entry["verdict"]))
-    out.print(table)
+    print_table(out, table)
     for pair, found in record.get("interaction", {}).items():
         if found["effect"] is not None:
             effect, interval, _ = effect_cells(found, found["p"])
@@ -457,7 +519,7 @@ def print_record(record: Record) -> None:
         table = new_table("further question", "effect", "95 % interval", "Holm p", "verdict", whole=slice(1, None))
         for asked in record["contrasts"].values():
             table.add_row(escape(asked["asks"]), *effect_cells(asked, asked["p_holm"]), colour(asked["verdict"]))
-        out.print(table)
+        print_table(out, table)
     for name, gate in record["gates"].items():
         if gate["pass"] is False:
             out.print(f"[red]gate {name} failed[/]: {escape(gate['detail'])}", highlight=False)
@@ -465,7 +527,7 @@ def print_record(record: Record) -> None:
         if said := record["claim"][what]:
             out.print(f"{'claim' if what == 'text' else 'paper':<11}{said}", highlight=False, markup=False)
     entry = record["arms"][record["primary"]]
-    notes = [f"{len(record['seeds'])} paired seeds"]
+    notes = [f"{len(record['seeds'])} paired seed{'s' * (len(record['seeds']) != 1)}"]
     notes += [f"detectable {entry['detectable']:.3g}"] if entry["detectable"] is not None else []
     notes += [f"smallest effect of interest {record['epsilon']:g}"] if record["epsilon"] is not None else []
     notes += ["smaller than that: trivial"] if record["trivial"] else []
@@ -486,18 +548,29 @@ def _terminated(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+_STOPPED = "interrupted; the same command goes on from the last checkpoint"
+
+
 def _guarded(arguments: list[str], debug: bool) -> int:
     from typer.exceptions import TyperException
 
     try:
-        return int(typer.main.get_command(app).main(arguments, prog_name="perturbed", standalone_mode=False) or 0)
+        code = int(typer.main.get_command(app).main(arguments, prog_name="perturbed", standalone_mode=False) or 0)
+        sys.stdout.flush()
+        if code != Interrupted.code:
+            return code
+        return _say(_STOPPED, code)  # typer makes an exit code of Ctrl-C, and says nothing
     except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted; the same command goes on from the last checkpoint", Interrupted.code)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the reader has gone; nothing may be flushed to it)
-        return 0
+        return _say(_STOPPED, Interrupted.code)
+    except (BrokenPipeError, SystemExit) as e:
+        if isinstance(e, BrokenPipeError) or isinstance(e.__context__, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the reader has gone; nothing may be flushed to it)
+            return 0
+        return _say(f"SystemExit: {e} (something that was imported or called ended the program{_where(e)})", 2)
     except TyperException as e:
-        return _say(f"{getattr(e, 'format_message', e.__str__)()} (perturbed --help)", 2)
+        context = getattr(e, "ctx", None)
+        said = getattr(e, "format_message", e.__str__)() or "a command is missing"
+        return _say(f"{said} ({context.command_path if context else 'perturbed'} --help)", 2)
     except PerturbedError as e:
         if debug:
             raise
@@ -505,7 +578,18 @@ def _guarded(arguments: list[str], debug: bool) -> int:
     except Exception as e:
         if debug:
             raise
-        return _say(f"{type(e).__name__}: {e} (a defect of perturbed or of your plan; --debug shows where)", 2)
+        return _say(
+            f"{type(e).__name__}: {e} (a defect of perturbed or of your plan{_where(e)}; --debug shows more)", 2
+        )
+
+
+def _where(error: BaseException) -> str:
+    """Where an error came from: the last place in a file of the user's own, else the last; also of a worker's."""
+    told = "".join(traceback.format_exception(error))  # a worker's traceback is text already
+    places = re.findall(r'File "([^"<]+)", line (\d+)', told)
+    ours = (str(Path(__file__).parent), *sysconfig.get_paths().values())
+    own = [place for place in places if not place[0].startswith(ours)]
+    return ", at {} line {}".format(*(own or places)[-1]) if places else ""
 
 
 def _say(message: str, code: int) -> int:

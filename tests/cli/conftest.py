@@ -1,6 +1,15 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from perturbed import cli
+
+
+@pytest.fixture
+def home():
+    """The test's own PERTURBED_HOME."""
+    return Path(os.environ["PERTURBED_HOME"])
 
 
 @pytest.fixture

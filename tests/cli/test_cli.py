@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from answers import refused
+from loky.process_executor import _ExceptionWithTraceback
 
 import perturbed as pt
 from perturbed import cli
@@ -310,3 +314,154 @@ def test_launched_in_two_processes_one_of_them_tells_the_outcome(tmp_path):
     assert record["machine"]["processes"] == 2
     assert record["registered"] is False
     assert done.stderr.count("[1/") == 1
+
+
+@pytest.mark.parametrize("group", [[], ["cache"], ["ledger"], ["feed"]])
+def test_a_missing_command_is_said_under_the_help(perturbed, group):
+    code, out, err = perturbed(*group)
+    assert code == 2
+    assert "Commands" in out
+    assert err == f"perturbed: error: a command is missing ({' '.join(['perturbed', *group])} --help)\n"
+
+
+def test_a_wrong_option_points_to_the_help_of_its_command(perturbed):
+    refused(perturbed("run", SLUG, "--workers", "x"), "--workers", "(perturbed run --help)")
+    refused(perturbed("cache", "prune", "--keep", "x"), "--keep", "(perturbed cache prune --help)")
+
+
+def test_an_empty_list_of_arms_does_not_mean_all(perturbed):
+    refused(perturbed(*SMOKE, "--arms", ""), "--arms", "without the option all run")
+    refused(perturbed(*SMOKE, "--arms", "slow_fast,"), "--arms")
+
+
+def test_a_slip_of_the_pen_is_said_before_torch_is_imported():
+    for words in (
+        ["run", "hubbel"],
+        ["run", "hubble", "--seeds", "x"],
+        ["compare", "hubble", "--plan", "p", "--seeds", "x"],
+    ):
+        script = (
+            f"import sys\nfrom perturbed import cli\ntry: cli.main({words})\nexcept SystemExit as e: code = e.code\n"
+        )
+        script += "sys.exit((code, 'torch' in sys.modules) != (2, False))"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_ledger_verify_names_a_study_that_does_not_exist(perturbed):
+    refused(perturbed("ledger", "verify", "--rerun", "hubbel"), "did you mean 'hubble'")
+    refused(perturbed("ledger", "verify", "--rerun", "hubble", "--smoke"), "choose one")
+
+
+def test_power_speaks_of_its_options(perturbed):
+    refused(perturbed("power", "--sd", "0", "--effect", "1"), "--sd must be a positive number")
+    refused(perturbed("power", "--sd", "1", "--seeds", "0"), "--seeds must be a positive number")
+
+
+def test_names_of_arms_are_no_markup(perturbed, tmp_path):
+    rows = ["arm,seed,score", "lora[r=8],0,1", "[/nope],0,2"]
+    (tmp_path / "scores.csv").write_text("\n".join(rows))
+    options = ["--control", "lora[r=8]", "--treatment", "[/nope]", "--out", tmp_path / "r"]
+    code, out, _ = perturbed("judge", tmp_path / "scores.csv", *options)
+    assert code == 0
+    assert re.search(r"^ \[/nope\] +2 ", out, re.MULTILINE), out
+    assert "(1 paired seed)" in out
+    record = pt.judge([1.0], [2.0])
+    record["scores"]["lora[r=8]"] = record["scores"].pop("control")
+    record["arms"]["treatment"]["reference"] = "lora[r=8]"
+    cli.print_record(record)
+
+
+@pytest.mark.parametrize(
+    "words", [["list"], ["list", "--json"], ["plans"], ["show", "hubble"], ["show", "hubble", "--json"]]
+)
+def test_a_reader_that_has_gone_is_no_error(words):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "perturbed", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+
+
+def test_ctrl_c_outside_a_run_is_said_too(perturbed, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ledgers, "stored_verdict", interrupted)
+    code, out, err = perturbed("list")
+    assert (code, out) == (130, "")
+    assert err.startswith("perturbed: error: interrupted; the same command goes on")
+
+
+def test_a_plan_file_that_fails_is_told_with_its_line(perturbed, tmp_path):
+    (tmp_path / "leaves.py").write_text("import sys\n\nsys.exit('usage: leaves.py FILE')\n")
+    refused(perturbed(*SMOKE, "--plan", f"{tmp_path}/leaves.py:plan"), "usage: leaves.py FILE", "leaves.py line 3")
+    (tmp_path / "fails.py").write_text("def plan():\n    raise RuntimeError('no data\\nhere')\n")
+    refused(perturbed(*SMOKE, "--plan", f"{tmp_path}/fails.py:plan"), "no data here", "fails.py line 2", "--debug")
+
+
+def test_what_fails_in_a_worker_is_told_with_its_line(tmp_path):
+    (tmp_path / "fails.py").write_text("def loss():\n    {}['lables']\n")
+    spec = importlib.util.spec_from_file_location("fails", tmp_path / "fails.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(KeyError) as raised:
+        module.loss()
+    sent = pickle.loads(pickle.dumps(_ExceptionWithTraceback(raised.value)))
+    with pytest.raises(KeyError) as received:
+        raise sent
+    received.value.__traceback__ = None  # what is left is the text that the worker sent
+    assert cli._where(received.value) == f", at {tmp_path}/fails.py line 2"
+
+
+def test_a_report_that_does_not_fit_on_the_disk_hides_no_verdict(tmp_path):
+    rows = ["arm,seed,score"] + [f"{a},{s},{s + (a == 'b')}" for a in "ab" for s in range(8)]
+    (tmp_path / "scores.csv").write_text("\n".join(rows))
+    words = ["judge", str(tmp_path / "scores.csv"), "--control", "a", "--treatment", "b", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "perturbed", *words, "--out", str(tmp_path / "r")], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)), check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["verdict"] == "deterministic"
+    assert done.stderr.startswith(
+        f"perturbed: error: cannot write reports to {tmp_path / 'r'}: File too large; make room"
+    )
+    assert list((tmp_path / "r").glob("*.html")) == []
+
+
+def test_a_record_that_cannot_be_kept_is_shown_all_the_same(perturbed, home, tmp_path):
+    (home / "ledger").write_text("")
+    options = ["--seeds", "1", "--plan", f"{PLANS}:plan", "--workers", "1", "--json", "--out", tmp_path / "r"]
+    code, out, err = perturbed("run", SLUG, *options)
+    assert code == 2
+    assert json.loads(out)["scores"]["control"]["0"] is not None
+    assert "ledger" in err.splitlines()[-1]
+
+
+def test_a_store_that_cannot_be_used_is_said_before_any_work(perturbed, home, monkeypatch):
+    monkeypatch.setattr("perturbed.api.setting", lambda *_, **__: pytest.fail("the study was made"))
+    monkeypatch.setattr("perturbed.api.compare_methods", lambda *_, **__: pytest.fail("the study was run"))
+    (home / "store").write_text("")
+    refused(perturbed(*SMOKE), "store", "PERTURBED_HOME")
+    refused(perturbed("compare", SLUG, "--plan", "digits"), "store", "PERTURBED_HOME")
+
+
+def test_the_control_heads_the_table(capsys):
+    record = pt.judge({0: 1.0, 1: 2.0}, {0: 2.0, 1: 4.0})
+    record["scores"] = {"a": record["scores"]["treatment"], **record["scores"]}
+    cli.print_record(record)
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[4:7]]
+    assert rows == ["control", "a", "treatment"]
+
+
+def test_a_narrow_terminal_breaks_no_name_and_no_number(perturbed, monkeypatch, capsys):
+    for columns in ("40", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        out = perturbed("list")[1]
+        assert re.search(rf"^ {SLUG} +contradicted +2020 ", out, re.MULTILINE), out
+        cli.print_record(pt.judge([1.0, 2.0, 3.0], [2.0, 3.5, 3.75]))
+        row = next(line for line in capsys.readouterr().out.splitlines() if "treatment" in line)
+        assert row.split()[:6] == ["treatment", "3.083", "+1.08", "[+0.135,", "+2.03]", "0.25"]
