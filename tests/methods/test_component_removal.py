@@ -13,7 +13,7 @@ from perturbed.core.registry import load
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
 from perturbed.evidence.study import Study
-from perturbed.features.components import ComponentRemoval
+from perturbed.features.components import ComponentRemoval, CorpusComponentRemoval, FirstTokenOnly
 from perturbed.plans.docstring_topics import DocstringTopics
 
 STUDY: Study = load("component-removal").study
@@ -27,6 +27,19 @@ def test_arms_are_those_that_were_asked_for() -> None:
     assert (STUDY.metric, STUDY.direction, STUDY.budget) == ("accuracy_attacked", "higher", "equal")
     assert STUDY.plan == DocstringTopics()  # on the real MiniLM
     assert STUDY.plan.model == "minilm"
+
+
+def test_arms_of_the_full_record_are_what_they_are_called() -> None:
+    (primary,) = STUDY.arms["removal"]
+    changed: dict[str, dict[str, Any]] = {
+        "two": {"components": 2}, "last": {"which": "last"}, "centred": {"center": True},
+        "constant": {"differentiate": False},
+    }  # fmt: skip
+    for arm, fields in changed.items():
+        assert STUDY.full_arms[arm] == (dataclasses.replace(primary, **fields),)  # type: ignore[type-var]
+    others = {"corpus": CorpusComponentRemoval(stage="finetune"), "cls": FirstTokenOnly(stage="finetune")}
+    assert {arm: STUDY.full_arms[arm] for arm in others} == {arm: (it,) for arm, it in others.items()}
+    assert (others["corpus"].components, others["cls"].mix) == (1, 1.0)  # type: ignore[attr-defined]
 
 
 def test_sham_removes_as_many_directions_at_the_same_place() -> None:

@@ -14,6 +14,7 @@ from perturbed.core.run import Engine
 from perturbed.core.store import Store
 from perturbed.data.subset import SomeExamples
 from perturbed.evidence.study import Study
+from perturbed.inputs.adversarial import PGDTraining
 from perturbed.measures.sharpness import weight_noise
 from perturbed.objectives.certified import CertifiedTraining
 from perturbed.plans.digits import Digits, Split, mlp
@@ -34,6 +35,16 @@ def test_arms_differ_in_what_is_mixed_in_alone() -> None:
     rules = [arm[0] for arm in STUDY.arms.values()]
     assert [rule.ease for rule in rules] == ["none", "fused", "clean"]  # type: ignore[attr-defined]
     assert len({dataclasses.replace(rule, ease="none") for rule in rules}) == 1  # type: ignore[type-var]
+
+
+def test_arms_of_the_full_record_are_what_they_are_called() -> None:
+    (primary,), full = STUDY.arms["fused"], STUDY.full_arms
+    eps = primary.eps  # type: ignore[attr-defined]
+    assert full["separate"] == (dataclasses.replace(primary, ease="separate"),)  # type: ignore[type-var]
+    assert full["adversarial"] == (PGDTraining(eps=eps, alpha=eps / 4, steps=10, stage="finetune"),)
+    flat, small = full["few_flat"][-1], full["few_flat_small"][-1]
+    assert small == dataclasses.replace(flat, eps=flat.eps / 10)  # type: ignore[attr-defined, type-var]
+    assert [m.fn.eps for m in STUDY.measures[:2]] == [eps, eps], "measured in the ball that is trained on"  # type: ignore[attr-defined]
 
 
 def test_arms_share_the_clean_pre_training_and_have_one_budget() -> None:

@@ -48,6 +48,10 @@ def test_arms_are_those_of_the_sheet():
     assert len({a.where for a in arms.values()}) == 4
     guided = arms["guided"]
     assert [n for n, a in arms.items() if a.follow == "neighbour"] == ["sham"]
+    assert {n: a.kind for n, a in arms.items() if a.kind != "identity"} == {n: n for n in ("mask", "noise", "blur")}
+    nothing = arms["nothing"]
+    assert (nothing.scale, nothing.strength) == (guided.scale, 0), "guided, by maps that nothing was done to"
+    assert {n for n, a in arms.items() if a.strength != 1} == {"nothing", "mask"}
     assert (arms["sham"].scale, arms["sham"].where, arms["sham"].kind) == (guided.scale, guided.where, guided.kind)
 
 

@@ -37,6 +37,17 @@ def test_arms_train_as_many_numbers_as_the_docstring_says():
     assert sizes["sparse"] == pytest.approx(sizes["sltrain"], rel=2e-3)
 
 
+def test_arms_of_the_full_record_are_what_they_are_called():
+    primary, full = STUDY.arms["sltrain"][0], STUDY.full_arms
+    changed = {"same_rank": {"density": 0.0}, "denser": {"density": 0.1}, "wider": {"rank": 24}}
+    assert {arm: full[arm][0] for arm in changed} == {a: dataclasses.replace(primary, **f) for a, f in changed.items()}
+    assert full["paper_start"][0] == dataclasses.replace(primary, rank=0, density=1.0)
+    assert (primary.rank, primary.density, primary.scale, primary.start) == (12, 0.03, 0.25, "paper")
+    assert STUDY.arms["low_rank"][0] == SparseLowRank(rank=14, density=0.0, scale=1.0)
+    for arm, reference in {**STUDY.references, "frozen": "sltrain"}.items():
+        assert STUDY.at("full").arms[arm][1] == STUDY.arms[reference][1], "the rate of the arm that it varies"
+
+
 def test_every_layer_of_the_blocks_is_rewritten_and_no_other():
     ours = [n for n, m in at_start("sltrain").named_modules() if isinstance(m, SparseLowRankLinear)]
     assert len(ours) == 2 * 7

@@ -36,6 +36,8 @@ def test_proportions_are_those_the_docstring_names():
     of = {mode: sum(w for w, d in zip(weights, DENOISERS, strict=True) if d.mode == mode) for mode in "RSX"}
     assert of == pytest.approx({"R": 0.4, "S": 0.2, "X": 0.4})
     full = STUDY.at("full").arms
+    assert len(set(full["uniform"][0].weights)) == 1
+    assert (full["span_and_lm"][0].weights, full["span_and_lm"][0].share) == (full["span"][0].weights, 0.5)
     assert [d for d, w in zip(DENOISERS, full["span"][0].weights, strict=True) if w] == [DENOISERS[0]]
     assert [d.mode for d, w in zip(DENOISERS, full["prefix"][0].weights, strict=True) if w] == ["S"]
     assert [d.mode for d, w in zip(DENOISERS, full["extreme"][0].weights, strict=True) if w] == ["X"] * 4

@@ -330,6 +330,16 @@ def test_lines_hold_on_the_whole_interval_and_touch(name: str) -> None:
     assert torch.allclose(most, f.amax(0), rtol=1e-2, atol=1e-3)
 
 
+def test_the_line_below_an_exponential_stays_positive_however_wide_the_interval() -> None:
+    low = torch.tensor([-3.0, 0.0, 2.0, -30.0])
+    for width in (0.5, 1.9, 2.1, 20.0):
+        lines = relax.exp(low, low + width)
+        assert lines.lower is not None
+        assert (lines.lower_slope * low + lines.lower > 0).all()
+    middle = torch.exp(low + 10)  # the tangent there, of which a sum would have no logarithm
+    assert (middle * low + middle * (1 - low - 10) < 0).all()
+
+
 def test_planes_of_softmax_hold() -> None:
     rng = generator(6)
     for width in (1e-6, 0.1, 1.0, 6.0, 150.0):

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vision_toys import ctx_of, restless_net, run
 
-from perturbed.core.plan import Measure, Plan, apply
+from perturbed.core.plan import Facts, Measure, Plan, apply
+from perturbed.core.run import Run
 from perturbed.errors import PlanError
-from perturbed.measures.bounds import Ball, CertifiedAccuracy, Propagation, trace
+from perturbed.measures.bounds import Ball, CertifiedAccuracy, Propagation, lower_margins, trace
+from perturbed.measures.bounds.propagate import Method
 from perturbed.measures.robustness import Robustness
 from perturbed.measures.sharpness import WeightNoise, loss_bound, moved, trace_moving, weight_balls, weight_noise
 from perturbed.objectives.certified import (
@@ -145,6 +147,29 @@ def test_the_loss_mixes_the_plan_s_own_with_the_bound_by_its_share_and_step() ->
         assert found.item() == pytest.approx((0.75 * own + 0.25 * worst).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("ease", ["separate", "fused", "clean"])
+def test_what_is_mixed_in_fades_as_the_radius_grows_until_intervals_are_left(ease: Ease) -> None:
+    net, (x, labels), ctx = network(3), batch(), ctx_of()
+    rule = CertifiedTraining(eps=0.1, ease=ease, start=0.2, ramp=0.4)
+    rows = excesses_of(labels, 12)
+    for ctx.step, ctx.steps in ((3, 10), (5, 10), (9, 10)):
+        grown = growing(ctx.step / 10, 0.2, 0.4)
+        found = Propagation(trace(net, x), x, Ball(0.1 * grown, legal=(0.0, 1.0)), "crown-ibp")
+        by_interval, by_lines = found.rows_by_interval(rows)[1], found.rows(rows, lower=False)[1]
+        assert by_interval is not None
+        assert by_lines is not None
+        if ease == "fused":  # bounds of the sum of exponentials are mixed
+            alone = worst_loss(found, labels, "fused", 1.0).exp()
+            expected = ((1 - grown) * alone + grown * by_interval.exp().sum(1)).log()
+        else:  # bounds of each margin are
+            alone = by_lines if ease == "separate" else (rows @ net(x).unsqueeze(2)).squeeze(2)
+            expected = ((1 - grown) * alone + grown * by_interval).logsumexp(1)
+        loss = CertifiedLoss(cross_entropy, rule)(net, {"pixels": x, "labels": labels}, ctx)
+        assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(by_interval.logsumexp(1).mean().item(), rel=1e-6)
+    assert loss.item() > worst_loss(found, labels, ease, 1.0).mean().item() + 0.01, "and that is another bound"
+
+
 def test_bounds_are_of_the_network_in_eval_mode_and_leave_it_training() -> None:
     net, (x, labels) = restless_net(), batch()
     ctx = ctx_of()
@@ -172,6 +197,25 @@ def test_training_on_bounds_certifies_and_no_attack_beats_a_certificate() -> Non
         assert interval <= certified <= attacked <= clean  # type: ignore[operator]
     assert trained["accuracy_interval"] > plain["accuracy_interval"] + 0.3  # type: ignore[operator]
     assert trained["accuracy_certified"] > plain["accuracy_certified"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("proves", ["ibp", "crown"])
+def test_what_either_method_proves_is_certified(proves: Method) -> None:
+    """Of relu(x - 0.4) the line below is x - 0.4, and the interval 0; in relu(x) - relu(x) lines cancel."""
+    first, last = nn.Linear(1, 2), nn.Linear(2, 2)
+    offsets, weights = ((-0.4, 0.0), (1.0, 0.0)) if proves == "ibp" else ((0.0, 0.0), (1.0, -1.0))
+    first.weight.data, first.bias.data = torch.ones(2, 1), torch.tensor(offsets)
+    last.weight.data, last.bias.data = torch.tensor([weights, (0.0, 0.0)]), torch.tensor([0.1, 0.0])
+    net = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).eval()
+    x, labels, ctx = torch.full((1, 1, 1, 1), 0.6), torch.tensor([0]), ctx_of()
+    proven = {m: bool((lower_margins(trace(net, x), x, labels, Ball(0.4), m) > 0).all()) for m in ("ibp", "crown")}
+    assert proven == {"ibp": proves == "ibp", "crown": proves == "crown"}
+    ctx.facts = Facts(
+        modality="vision", target="class", input="pixels", input_range=(0.0, 1.0),
+        more={"held_out": lambda: {"pixels": x, "labels": labels}},
+    )  # fmt: skip
+    found = CertifiedAccuracy(eps=0.4)(Run(net, lambda given: net(given["pixels"]), {}, {}, ctx))
+    assert found == {"accuracy_certified": 1.0, "accuracy_interval": float(proves == "ibp")}
 
 
 def test_a_measure_without_its_facts_says_so() -> None:

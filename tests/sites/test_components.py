@@ -279,6 +279,17 @@ def test_corpus_directions_are_those_of_the_running_second_moment_and_stand_stil
     torch.testing.assert_close(left @ found.T, torch.zeros(*left.shape[:2], 2), atol=1e-5, rtol=0)
 
 
+def test_a_prediction_before_any_training_leaves_no_corpus_behind() -> None:
+    arm, ctx = CorpusComponentRemoval(), corpus_ctx(training=False)
+    for seed in (0, 1):
+        states, real = draw(seed, torch.float32)
+        ctx.batch = {"attention_mask": real.long()}
+        rows = states[real]
+        found, expected = arm.directions(states, ctx), torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -1:]
+        torch.testing.assert_close(found.T @ found, expected @ expected.T, atol=1e-4, rtol=0)
+    assert not ctx.state
+
+
 def test_first_token_only_gives_its_state_to_the_mean() -> None:
     states, _ = draw()
     assert torch.equal(FirstTokenOnly().first(states, None), states[:, :1].expand_as(states))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import perturbed as pt
-from perturbed.core.plan import PlanError, apply
+from perturbed.core.plan import Facts, PlanError, apply
 from perturbed.core.run import Engine, threads
 from perturbed.core.store import Store
 from perturbed.core.streams import Streams
@@ -24,6 +24,7 @@ from perturbed.objectives.denoising import (
     DENOISERS,
     MODES,
     Denoised,
+    Denoiser,
     MixtureOfDenoisers,
     Vocabulary,
     collate,
@@ -79,7 +80,9 @@ def context(seed=0):
     tokenizer = types.SimpleNamespace(get_vocab=dict)
     streams = Streams(seed)
     streams.tick("pretrain", 0)
-    return types.SimpleNamespace(rng=streams.rng, facts=types.SimpleNamespace(tokenizer=lambda: tokenizer))
+    return types.SimpleNamespace(
+        rng=streams.rng, facts=Facts(modality="language", target="next-token", classes=128, tokenizer=lambda: tokenizer)
+    )  # fmt: skip
 
 
 # spans
@@ -114,6 +117,15 @@ def test_every_arrangement_of_spans_is_equally_likely():
 def test_counts_are_those_of_the_papers_settings():
     assert [d.count(512) for d in DENOISERS] == [26, 10, 1, 85, 32, 1, 4]
     assert [d.mode for d in DENOISERS] == ["R", "R", "S", "X", "X", "X", "X"]
+
+
+def test_the_number_of_spans_is_that_of_the_whole_tokens_that_are_hidden():
+    r, x = DENOISERS[0], DENOISERS[3]
+    assert r.count(30) == 1  # 4 hidden tokens in spans of 3; of 30 * 0.15 = 4.5 there would be 2
+    assert r.count(50) == 3  # 8 of 7.5, where 2.5 spans would be rounded to 2
+    assert x.count(3) == 1  # 2 of 3 tokens
+    assert x.count(5) == 1  # 2 of 5
+    assert [Denoiser("X", 1, 0.9).count(n) for n in (4, 10)] == [2, 2]  # kept tokens must part the spans
 
 
 @quick
@@ -405,6 +417,13 @@ def test_bad_settings_are_named():
             make()
 
 
+@pytest.mark.parametrize("wrong", [128, -1])
+def test_tokens_that_the_model_does_not_have_are_named(wrong):
+    mixture = MixtureOfDenoisers(tokens=(*IDS, wrong))
+    with pytest.raises(PlanError, match=rf"{wrong} is not in the model's vocabulary of 128"):
+        mixture.batch(windows(2), context())
+
+
 # measures
 
 
@@ -455,6 +474,37 @@ def test_each_model_is_asked_as_suits_it_best():
     reader = table(run_of(only_when_asked_by(lambda batch, row: "segment_ids" in batch)))
     assert reader["worst_loss"] < 1e-4
     assert reader["own_mode_loss"] == pytest.approx(ignorant, abs=1e-3)
+
+
+def test_a_beginning_helps_by_what_another_text_s_would_not_do():
+    """Of a reader who knows the texts by heart, and is lost where the beginning is that of another."""
+    texts = middle_windows(held_out_documents("docstrings"), Text().tokenizer(), 64, 4)
+    asked = []
+
+    def predict(batch):
+        ids, logits = batch["input_ids"], torch.zeros(*batch["input_ids"].shape, 1024)
+        if "segment_ids" in batch:
+            asked.append(ids)
+            known = torch.tensor([any(torch.equal(row, text[: len(row)]) for text in texts) for row in ids])
+            logits[:, :-1].scatter_(2, ids[:, 1:, None], 20.0 * known[:, None, None].expand(-1, ids.shape[1] - 1, 1))
+        return logits
+
+    scores = DenoisingTable(windows=4)(run_of(predict))
+    assert scores["s_loss"] < 1e-4
+    assert scores["context_gain"] == pytest.approx(math.log(1024), abs=1e-3)
+    for i, row in enumerate(asked[-1]):  # the beginning of the text before, then its own end
+        same = (row == texts[i][: len(row)]).long()
+        border = len(row) - int(same.flip(0).cumprod(0).sum())
+        assert 0 < border < len(row)
+        assert torch.equal(row[:border], texts[i - 1][:border])
+
+
+def test_of_two_ways_of_fine_tuning_the_one_of_lower_loss_counts(monkeypatch):
+    for better in (True, False):
+        monkeypatch.setattr(
+            LabelTransfer, "_tuned", lambda *args, better=better: (0.5, 0.7) if args[-1] is better else (0.9, 0.8)
+        )
+        assert LabelTransfer(train=4, test=2)(run_of(None)) == {"label_loss": 0.5, "label_accuracy": 0.7}
 
 
 def test_all_ways_of_asking_predict_the_same_tokens():

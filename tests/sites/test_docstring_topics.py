@@ -14,6 +14,7 @@ from perturbed.core.store import Store
 from perturbed.data.vocabulary import Text
 from perturbed.errors import PlanError
 from perturbed.features.components import ComponentRemoval
+from perturbed.inputs.text_attack import neighbours
 from perturbed.plans.docstring_topics import (
     MASK,
     NAMES,
@@ -167,8 +168,10 @@ def test_substitutes_are_near_words_that_give_nothing_away() -> None:
     assert substitutes(MASK) == substitutes("the") == substitutes("zzzzqqq") == ()
     for word in ("snake", "compute", "return", "python"):
         assert word not in substitutes(word)
-        assert not any(NAMES.fullmatch(other) for other in substitutes(word))
         assert len(substitutes(word)) <= 8
+    near = neighbours("import", *minilm.words(), number=8)
+    assert [other for other in near if NAMES.fullmatch(other)] == ["python"]
+    assert Substitutes("minilm", similarity=0.0)("import") == tuple(other for other in near if other != "python")
     strict = Substitutes("minilm", similarity=0.6)
     assert set(strict("compute")) < set(substitutes("compute"))
     assert Substitutes("scratch")("words") == ("wrods", "wodrs")

@@ -172,6 +172,22 @@ def test_off_has_the_loss_of_the_control_at_every_step_and_on_does_not():
     assert masked[5:] != control[5:]
 
 
+def test_nothing_is_hidden_when_the_model_is_used():
+    engine = Engine(apply(SMALL(), [MaskedInputs(rate=1.0, warmup=0.0)]), 1, Store(None))
+    engine.run()
+    model = engine.model_at("finetune").eval()
+    with engine.finished("finetune") as held, torch.no_grad():
+        found = held.predict(BATCH)
+        assert torch.equal(found, causal_logits(model, BATCH))
+        assert not torch.equal(found, causal_logits(model, hidden()))
+
+
+def test_a_model_that_names_no_embeddings_is_told_so():
+    bare = torch.nn.Sequential(torch.nn.Embedding(40, 8), torch.nn.Linear(8, 40))
+    with pytest.raises(PlanError, match=r"Sequential does not name its embeddings.*by='random'"):
+        MaskedInputs(token=39).mean_embedding(bare, context())
+
+
 def gpt2(tied):
     torch.manual_seed(0)
     config = transformers.GPT2Config(

@@ -181,6 +181,27 @@ def test_dependency_of_models_that_read_near_or_nothing():
     assert near["dependency_solution_far"] == near["dependency_question_far"] == 0
 
 
+def test_dependency_is_of_the_numbers_of_the_solution_behind_the_changed_digit():
+    """Against a model that writes again what stood two places before, digit by digit."""
+    found, digits = Dependency(number=30, far=4)(run(looks_back(1))), torch.tensor([IDS[d] for d in string.digits])
+    problems = held_out_problems(run(None), 30)
+    rows = padded([as_document(p, solution_only=True) for p in problems])
+    ids, rng = rows["input_ids"], run(None).ctx.rng("changed digits", every="run")
+    in_question = torch.arange(ids.shape[1]) < torch.tensor([[len(p.question)] for p in problems])
+    for part, eligible in (("question", in_question), ("solution", rows["loss_mask"])):
+        places = (change_one(ids, eligible & torch.isin(ids, digits), digits, rng) != ids).int().argmax(1).tolist()
+        asked, far, hits = 0, 0, 0
+        for problem, changed in zip(problems, places, strict=True):
+            for at, char in enumerate(problem.solution, len(problem.question)):
+                if char.isdigit() and at > changed:
+                    asked += 1
+                    far += at - changed >= 4
+                    hits += at - 2 == changed
+        assert 0 < hits < asked > far > 0
+        assert found[f"dependency_{part}"] == pytest.approx(hits / asked)
+        assert found[f"dependency_{part}_far"] == 0
+
+
 def test_one_digit_of_each_row_becomes_another_digit():
     problems = draw_problems(CHAINS, 50, "train", torch.Generator().manual_seed(0))
     rows = padded([as_document(p, solution_only=True) for p in problems])

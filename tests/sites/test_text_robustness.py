@@ -131,6 +131,19 @@ def test_word_attack_counts_what_stands_what_falls_and_what_was_wrong() -> None:
     assert "displacement_share" not in wider
 
 
+def test_the_attack_asks_the_predictor_as_a_whole_and_not_the_model_within() -> None:
+    """What falls for the bare model stands where a defence, outside of it, reads one word for another."""
+    bare = made(texts=TEXTS[:1])
+
+    def defended(batch: Any) -> Tensor:
+        ids = batch["input_ids"]
+        return bare.predict({**batch, "input_ids": ids.masked_fill(ids == VOCABULARY["fair"], VOCABULARY["fine"])})
+
+    whole = dataclasses.replace(bare, predict=defended)
+    assert WordAttack(texts=1)(bare)["accuracy_attacked"] == 0
+    assert WordAttack(texts=1)(whole)["accuracy_attacked"] == 1
+
+
 def test_no_budget_and_no_substitutes_leave_the_clean_accuracy() -> None:
     for attack, facts in ((WordAttack(texts=4, share=0.0), {}), (WordAttack(texts=4), {"substitutes": lambda w: ()})):
         found = attack(made(**facts))

@@ -68,7 +68,8 @@ class MaskedInputs:
         rate: probability of each token at the end of the warm-up; 0 is off. The paper takes 0.4 for solutions in words
             and 0.1 to 0.2 where formulas are dense.
         by: put a ``mask`` token in their place, or a ``random`` token of the vocabulary.
-        hide: tokens of the ``solution``, of the ``question``, or ``everywhere``.
+        hide: tokens of the ``solution``, of the ``question`` (all others, what rows are filled up with among them), or
+            ``everywhere``.
         warmup: share of the stage over which the rate rises from 0.
         token: the mask token; None for that of the plan's tokenizer. It begins the stage as the mean of the other
             embeddings, where input and output embeddings are not the same tensor.
@@ -133,9 +134,19 @@ class MaskedInputs:
 
     @torch.no_grad()
     def mean_embedding(self, model: Module, ctx: Ctx) -> Module:
-        """The model with the mask token's input embedding set to the mean of the others."""
-        get: Any = model.get_input_embeddings
-        weight, head = get().weight, model.get_output_embeddings()  # type: ignore[operator]
+        """The model with the mask token's input embedding set to the mean of the others.
+
+        Raises:
+            PlanError: the model names no embeddings.
+        """
+        try:
+            weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+            head = model.get_output_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            raise PlanError(
+                f"MaskedInputs: {type(model).__name__} does not name its embeddings: give it methods "
+                "get_input_embeddings() and get_output_embeddings(), as Transformers models have, or take by='random'"
+            ) from None
         token = self.mask_token(ctx.facts)
         if head is None or head.weight is not weight:
             weight[token] = (weight.sum(0) - weight[token]) / (len(weight) - 1)

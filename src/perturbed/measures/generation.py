@@ -126,7 +126,8 @@ class Generation:
     sees) and ``rightness``, the share that the judge takes for what was asked (at chance where no label is told).
 
     Args:
-        number: samples; below 1,000 the Fréchet distance changes sign with the noise (8x8 digits).
+        number: samples; below 1,000 it depends on the noise which of two arms has the smaller Fréchet distance (8x8
+            digits).
         sampler: makes them.
         k: neighbour of ``precision_recall``.
         suffix: put after each name.

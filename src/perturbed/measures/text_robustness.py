@@ -127,7 +127,8 @@ class WordAttack:
     batch) and ``substitutes`` (of a word). Gives ``accuracy_attacked``; ``accuracy_before`` on the same texts;
     ``attack_success``, the share of rightly classified texts that fall; ``queries`` and ``words_changed``, means over
     the texts that were attacked and over those that fell; with ``where`` also ``displacement_share``, over those that
-    fell: the part of the mean state's squared displacement along the first direction of the text's states.
+    fell: the part of the mean state's squared displacement along the first direction of the text's states, both as they
+    are pooled, after any feature of the plan.
 
     Args:
         texts: how many are attacked, drawn by the seed.

@@ -314,9 +314,22 @@ class MixtureOfDenoisers:
         return plan.edit(self.stage, lambda s: dataclasses.replace(s, loss=Denoised(s.loss, self)))
 
     def vocabulary(self, ctx: Ctx) -> Vocabulary:
-        """The tokens for modes, end and spans."""
-        assert ctx.facts.tokenizer is not None
-        return Vocabulary.of(self.tokens or free_tokens(ctx.facts.tokenizer()))
+        """The tokens for modes, end and spans.
+
+        Raises:
+            PlanError: there are too few, or one is not in the vocabulary of the model.
+        """
+        facts = ctx.facts
+        assert facts.tokenizer is not None
+        tokens = self.tokens or free_tokens(facts.tokenizer())
+        size = facts.classes if facts.target == "next-token" else None
+        unknown = [token for token in tokens if token < 0 or (size is not None and token >= size)]
+        if unknown:
+            raise PlanError(
+                f"MixtureOfDenoisers: tokens={list(tokens)}: {unknown[0]} is not in the model's vocabulary"
+                + ("" if size is None else f" of {size}")
+            )
+        return Vocabulary.of(tokens)
 
     def batch(self, windows: Batch, ctx: Ctx) -> Batch:
         """Windows as denoising examples of the same length.
