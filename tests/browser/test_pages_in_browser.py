@@ -1,5 +1,6 @@
 """Every page in a real browser: accessible in light and dark, within a phone, by keyboard, and without JavaScript."""
 
+import json
 import re
 import time
 
@@ -10,7 +11,7 @@ from playwright.sync_api import expect
 READ = (
     *("/", "/?page=2", "/day/2025-10-22", "/day/2025-10-23", "/week/2025-W43", "/month/2025-10", "/trending", "/map"),
     *("/search", "/search?q=noise", "/search?q=site:nowhere", "/papers/2406.02214", "/papers/2510.19811", "/about"),
-    *("/papers/2409.17115", "/runs", "/feeds", "/nowhere", "/owner"),
+    *("/papers/2409.17115", "/runs", "/feeds", "/nowhere", "/owner", f"/search?q=noise+{'x' * 600}"),
 )
 OWNED = ("/", "/papers/2406.02214", "/settings", "/subscribe", "/owner", "/runs/1")
 
@@ -83,6 +84,48 @@ def test_nothing_is_wider_than_the_screen(served, visit, asked, width):
         wide = one.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, (address, wide)
     one.troubles = [t for t in one.troubles if "404" not in t]
+
+
+def test_what_others_wrote_runs_in_its_own_direction(served, visit, tmp_path):
+    """The full stop at the end of a Hebrew sentence stands to the left of its words, not to the right."""
+    sentence = "רעש בקלט משפר את הלמידה."
+    file = tmp_path / "papers.json"
+    day = "2024-05-06T00:00:00.000Z"
+    paper = {"id": "2405.00001", "title": sentence, "summary": sentence, "submittedOnDailyAt": day}
+    file.write_text(json.dumps([{"paper": paper}]))
+    served.command("feed", "import", str(file))
+    one = visit(served.base)
+    page = one.page
+    page.goto(served.owner)
+    page.goto("/papers/2405.00001")
+    page.get_by_label("Your comment").fill(sentence)
+    page.get_by_role("button", name="Comment", exact=True).click()
+    seen = 0
+    for address in ("/papers/2405.00001", "/day/2024-05-06", "/search?q=רעש"):
+        page.goto(address)
+        places = page.evaluate(
+            """sentence => {
+                const walk = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+                const found = [];
+                while (walk.nextNode()) {
+                    const node = walk.currentNode, end = node.data.trimEnd().length;
+                    if (!sentence.endsWith(node.data.trim()) || !node.data.includes('.')) continue;
+                    if (node.parentElement.matches('.unseen')) continue;
+                    const x = at => {
+                        const range = document.createRange();
+                        range.setStart(node, at);
+                        range.setEnd(node, at + 1);
+                        return range.getBoundingClientRect().left;
+                    };
+                    found.push([x(end - 1), x(end - 2)]);
+                }
+                return found;
+            }""",
+            sentence,
+        )
+        assert all(stop < letter for stop, letter in places), (address, places)
+        seen += len(places)
+    assert seen >= 6  # title, abstract and comment, twice each
 
 
 def test_the_keyboard_alone_will_do(served, visit):
@@ -167,6 +210,17 @@ def test_a_vote_falls_back_to_the_form_when_the_session_is_gone(served, visit):
     page.get_by_role("button", name="Upvote").click()
     page.get_by_role("heading", name="This is the owner").wait_for()
     one.troubles = [t for t in one.troubles if "403" not in t]
+
+
+def test_paper_holds_nothing_to_click_on(served, visit):
+    page = visit(served.base).page
+    page.goto(served.owner)
+    for address in ("/day/2025-10-22", "/papers/2406.02214"):
+        page.goto(address)
+        expect(page.locator("button:visible").first).to_be_visible()
+        page.emulate_media(media="print")
+        expect(page.locator("form:visible, main button:visible:not(.copied button)")).to_have_count(0)
+        page.emulate_media(media="screen")
 
 
 def test_dark_figures_on_dark_pages(served, visit):

@@ -89,6 +89,11 @@ def test_a_number_is_written_in_one_way(app, told):
     assert visitor(app).get("/api/papers", params={"limit": told}).status_code == 422
 
 
+def test_so_is_the_offset_of_a_search(app):
+    for told, code in (("5", 200), ("+5", 422), ("1_0", 422), ("5.0", 422)):
+        assert visitor(app).get("/api/search", params={"q": "sheep", "offset": told}).status_code == code
+
+
 def test_a_paper_has_the_fields_of_the_export(app):
     """The same names and values as `perturbed feed export --json`, where both have them."""
     exported = {paper["key"]: paper for paper in export.as_json(app.state.feed.database.read())}

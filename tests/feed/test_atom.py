@@ -289,14 +289,53 @@ def test_a_topic_is_a_search_newest_first_and_keeps_its_words(feed):
     assert client.get(links(root)["self"]).content == client.get("/feeds/topic.atom?q=%22pruning+%26+more%22").content
 
 
-@pytest.mark.parametrize("asked", ["", "?q=", "?q=%20%00%EF%BF%BE", "?q=" + "x" * 501])
-def test_a_topic_needs_words(feed, asked):
-    assert feed[1].get(f"/feeds/topic.atom{asked}").status_code == 400
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        *((asked, "Which topic?") for asked in ("", "?q=", "?q=%20%00%EF%BF%BE", "?q=" + "x" * 501)),
+        *((f"?q={asked}", "neither a word nor a filter") for asked in ("%22", "(", "-", "*", "%F0%9F%98%80")),
+        ("?q=noise+site:nowhere", "There is no site"),  # else it would be a feed of something else
+        ("?q=verdict:refuted", "There is no verdict"),
+        ("?q=year:soon", "year:2023"),
+    ],
+)
+def test_a_topic_is_words_or_filters_that_there_are(feed, asked, why):
+    told = feed[1].get(f"/feeds/topic.atom{asked}")
+    assert told.status_code == 400
+    assert why in told.text
 
 
-@pytest.mark.parametrize("asked", ['"', "(", "title:(", "-", "*", "AND", "NEAR(a b)", "a" * 500, "-x"])
+@pytest.mark.parametrize("asked", ["site:data", "verdict:none", "title:(", "AND", "NEAR(a b)", "a" * 500, "-x"])
 def test_no_topic_breaks_the_feed(feed, asked):
     check(parsed(feed[1], feed[1].build_request("GET", "/feeds/topic.atom", params={"q": asked}).url))
+
+
+@pytest.mark.parametrize("path", ["/feeds/days.atom", "/feeds/evidence.atom"])
+def test_a_paper_that_an_import_unites_with_another_meanwhile_is_left_out(feed, monkeypatch, path):
+    """Between the two looks into the database that an entry needs, another process may take a row away."""
+    database, client = feed
+    papers = [add(database, number) for number in (1, 2)]
+    with database.write() as connection:
+        for number in papers:
+            connection.execute(
+                "INSERT INTO finding (paper, record, verdict, at) VALUES (?, ?, 'null', 1)", (number, number)
+            )
+    whole = client.get(path).text
+    assert "Paper 1" in whole
+    entries = store.entries
+
+    def taken(connection, ids):
+        late = path == "/feeds/days.atom"  # where the row is there at the first look, and for findings at none
+        found = entries(connection, ids) if late else None
+        with database.write() as writing:
+            writing.execute("PRAGMA defer_foreign_keys = ON")
+            writing.execute("DELETE FROM paper WHERE id = ?", (papers[0],))
+        return found if late else entries(connection, ids)
+
+    monkeypatch.setattr(store, "entries", taken)
+    answer = client.get(path)
+    assert answer.status_code == 200
+    assert "Paper 2" in answer.text
 
 
 def test_sites(feed):

@@ -199,7 +199,9 @@ def test_a_file_that_is_no_database_is_reported_with_the_remedy(path, content):
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     path.chmod(0o644)
-    with pytest.raises(DatabaseError, match=r"not a usable feed database.*feed export --database") as told:
+    with pytest.raises(
+        DatabaseError, match=r"not a usable feed database.*feed export --database.*if not, choose another"
+    ) as told:
         Database(path)
     assert "\n" not in str(told.value)
     assert (path.read_bytes(), rights(path)) == (content, 0o644)

@@ -290,6 +290,13 @@ def test_text_and_html_tell_the_same(received):
     assert all(link.startswith(f"{base}/") for link in links)
 
 
+def test_what_others_wrote_runs_in_its_own_direction(received):
+    page = lxml.html.fromstring(html_of(received[1]))
+    titles = [part for part in page.iter("h3") if part.text_content() == NASTY]
+    assert len(titles) == 2  # among the papers, and with its verdict
+    assert all(part.get("dir") == "auto" for part in (*titles, *page.xpath("//p[starts-with(., 'Words')]")))
+
+
 def test_nothing_in_the_html_is_fetched_or_run(received):
     _, message, _ = received
     page = lxml.html.fromstring(html_of(message))

@@ -240,6 +240,8 @@ def test_days(connection):
     assert [entry.title for entry in store.between(connection, first, last, 2, 1)] == titles[1:3]
     assert store.count_between(connection, first, last) == 4
     assert store.newest_day(connection) == first + timedelta(5)
+    assert store.newest_day(connection, first, last) == first + timedelta(2)
+    assert store.newest_day(connection, first + timedelta(3), last) is None
     middle = first + timedelta(1)
     assert store.neighbours(connection, middle, middle) == (first, first + timedelta(2))
     assert store.neighbours(connection, first, first + timedelta(5)) == (None, None)

@@ -1,13 +1,15 @@
 """The hub's JSON, arXiv's Atom, OAI-PMH and RSS in their recorded shapes, with invented papers; and what is refused."""
 
 import json
-from datetime import date
+from datetime import UTC, date, datetime
 
 import pytest
 
 from perturbed.feed.importers import atom, hub, oai, rss
 from perturbed.feed.importers.reading import FormatError, Read, Unread, bounded, day_of, web_address
 from perturbed.feed.papers import Paper
+
+NOW = datetime(2025, 11, 17, 12, tzinfo=UTC).timestamp()
 
 # The hub
 
@@ -424,11 +426,15 @@ def test_what_turns_the_direction_of_writing_does_not_get_in():
         ({"authors": ("n",) * 10_001}, "10,001 authors"),
         ({"categories": ("c" * 101,)}, "category of 101 characters"),
         ({"code_url": "https://example.org/" + "u" * 2000}, "code_url of 2,020 characters"),
+        ({"listed": date(9999, 12, 31)}, "listed on 9999-12-31, of which no paper can be"),
+        ({"published": date(1, 1, 1)}, "published on 0001-01-01, of which no paper can be"),
+        ({"updated": date(2025, 11, 25)}, "updated on 2025-11-25, of which no paper can be"),
     ],
 )
 def test_what_no_paper_has_is_reported_and_not_taken(more, why):
-    good = Paper(title="Good", source="hub", abstract="a" * 50_000, authors=("n" * 300,) * 10_000)
+    ahead = date(2025, 11, 24)
+    good = Paper(title="Good", source="hub", abstract="a" * 50_000, authors=("n" * 300,) * 10_000, listed=ahead)
     bad = Paper(**{"title": "Bad", "source": "hub", **more})
-    found = bounded(Read((good, bad)))
+    found = bounded(Read((good, bad)), NOW)
     assert found.papers == (good,)
     assert [(u.line, u.unit, u.why) for u in found.unread] == [(2, "paper", why)]

@@ -485,11 +485,20 @@ def test_the_given_page_into_the_database(database):
     assert timedelta(0) <= SAVED - max(date.fromisoformat(p["published"]) for p in rows if p["published"])
 
 
-def test_what_is_too_large_is_left_out_of_files_and_harvests(database, tmp_path):
-    items = [{"paper": {"id": f"2511.0000{i}", "title": title}} for i, title in enumerate(("Small", "L" * 5000))]
+def test_what_no_paper_can_be_is_left_out_of_files_and_harvests(database, tmp_path):
+    items = [{"paper": {"id": f"2511.0000{i}", "title": title}} for i, title in enumerate(("Small", "L" * 5000, "Far"))]
+    items[2]["paper"]["submittedOnDailyAt"] = "9999-12-31T00:00:00.000Z"  # it would be the newest day for good
     (tmp_path / "x.json").write_text(json.dumps(items))
-    report = import_file(database, tmp_path / "x.json", saved_on=None, now=1.0)
-    assert (report.new, [str(u)[:35] for u in report.unread]) == (1, ["paper 2: title of 5,000 characters: "[:35]])
-    tally = harvest._Tally("x", 1.0)
+    report = import_file(database, tmp_path / "x.json", saved_on=None, now=NOW)
+    assert (report.new, [(u.line, u.unit) for u in report.unread]) == (1, [(2, "paper"), (3, "paper")])
+    assert [found["unit"] for found in report.as_json()["unread"]] == ["paper", "paper"]
+    tally = harvest._Tally("x", NOW)
     harvest._Harvest(database, None, tally, None)._take("hub", hub.read(json.dumps(items)), "today", None)
-    assert (tally.done, [u.unit for u in tally.unread]) == (1, ["paper"])
+    assert (tally.done, [u.unit for u in tally.unread]) == (1, ["paper", "paper"])
+
+
+@pytest.mark.parametrize("saved_on", [date(2025, 11, 22), date(1800, 1, 1)])
+def test_a_page_was_saved_on_a_day_that_has_been(database, tmp_path, saved_on):
+    with pytest.raises(harvest.ImportFileError, match="still to come, or older than any page"):
+        import_file(database, saved(tmp_path, PAGE), saved_on=saved_on, now=NOW)
+    assert papers(database) == []

@@ -153,6 +153,15 @@ def test_words_that_no_paper_has_together(connection):
     assert search(connection, "zebra quagga").total == 0
 
 
+def test_little_words_are_looked_for_only_where_there_are_no_others(connection):
+    plain = search(connection, "noise embeddings")
+    assert titles(plain) == ["Noise"]
+    assert search(connection, "what of the noise in our embeddings") == plain  # the count and what is marked too
+    assert "our" in parse("our noise").plain  # the meaning is of the whole sentence
+    assert set(titles(search(connection, "is the"))) == {"Pruning"}
+    assert titles(search(connection, '"noise and adds"')) == ["Noise"]  # a phrase is as it stands
+
+
 def test_snippets_show_where_the_words_stand(database, connection):
     hit = search(connection, "noise").hits[0]
     assert "".join(piece for piece, _ in hit.snippet) == PAPERS["Noise in the embeddings"]

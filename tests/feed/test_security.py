@@ -133,6 +133,44 @@ def test_pages_are_small(app):
         assert len(client.get(address).content) <= 60_000, address
 
 
+def test_pages_stay_small_whatever_there_is_to_show(app):
+    """A day of papers that tell all they can, long searches in any script, and a catalogue of which all is measured."""
+    abstract = "A 'sentence' of the <abstract> that says nothing at all. " * 34
+    people = tuple(f"Firstname{i} Lastname{i}" for i in range(40))
+    add(
+        app,
+        *(
+            Paper(
+                title=f"Heavy {i} " + "words of a title " * 15,
+                source="hub",
+                arxiv=f"2511.1{i:04}",
+                abstract=abstract,
+                authors=people,
+                organisation="An organisation of some size",
+                listed=papers()[0].listed,
+                upvotes=1000,
+                comments=9,
+                code_url="https://example.org/" + "c" * 80,
+                project_url="https://example.org/" + "p" * 80,
+                doi="10.1/" + "x" * 50,
+            )
+            for i in range(60)
+        ),
+    )
+    with app.state.feed.database.write() as connection:
+        connection.execute("UPDATE paper SET verdict = 'contradicted', has_method = 1 WHERE slug IS NOT NULL")
+    client = owner(app)
+    searches = ("sentence " * 30, "sentence " + "שלום " * 150, "sentence " + "😀" * 400, "sentence " + "x" * 20_000)
+    asked = [("/search", {"q": q, "page": str(number)}) for q in searches for number in (1, 2)]
+    shown = 0
+    for address, query in [("/day/2025-11-17", {}), ("/trending", {}), ("/map", {}), ("/", {}), *asked]:
+        answer = client.get(address, params=query)
+        shown += answer.text.count("<article")
+        assert len(answer.content) <= 60_000, (address, query)
+    assert shown >= 100
+    assert "says nothing" in client.get("/day/2025-11-17").text.partition("Full entry")[2]  # less of it, yet some
+
+
 # --- where a request comes from ----------------------------------------------------------------------------------
 
 
@@ -265,7 +303,11 @@ def _routes(routes):
 
 
 def test_subscribing_is_for_the_owner_and_where_there_is_a_public_address_for_all(tmp_path):
-    assert visitor(app_of(tmp_path)).get("/subscribe").status_code == 403
+    closed = visitor(app_of(tmp_path))
+    refused = closed.get("/subscribe")
+    assert refused.status_code == 403
+    assert "<code>perturbed serve</code>" in refused.text
+    assert not any("/subscribe" in link for at in ("/", "/search?q=x") for link in links(closed.get(at).text))
     app = app_of(tmp_path, public_url="https://papers.example.org")
     assert visitor(app, "https://papers.example.org").get("/subscribe").status_code == 200
 
@@ -340,7 +382,8 @@ def test_who_asks_too_often_waits(app, monkeypatch):
     answers = [client.get("/about") for _ in range(21)]
     assert [a.status_code for a in answers] == [200] * 20 + [429]
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
-    assert "Try again in" in unescape(answers[-1].text)
+    assert re.search(r"Try again in \d+ s\.", unescape(answers[-1].text))
+    assert security.too_many(3599).text == "Try again in 60 minutes."
     app.state.feed.clock.now += 61
     assert client.get("/about").status_code == 200
 

@@ -87,6 +87,8 @@ def test_from_the_form_to_the_end(feed, catcher):
         ({"papers": None, "evidence": None}, "neither"),
         ({"query": "x" * 201}, "200"),
         ({"site": "<b>"}, "no site is called"),
+        ({"query": "noise verdict:refuted"}, "There is no verdict"),  # else it would be all of noise, for good
+        ({"query": "…"}, "neither a word nor a filter"),
     ],
 )
 def test_a_mistake_is_said_and_the_rest_kept(feed, catcher, wrong, said):

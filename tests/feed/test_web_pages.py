@@ -16,6 +16,7 @@ from web_parts import NOW, add, app_of, card, form_token, links, owner, papers, 
 from perturbed.evidence.report import KINDS
 from perturbed.feed import ranking, store
 from perturbed.feed.catalogue import catalogue
+from perturbed.feed.importers.harvest import Report
 from perturbed.feed.knobs import Field
 from perturbed.feed.papers import SITES, Paper
 from perturbed.feed.web.app import _tend
@@ -89,6 +90,18 @@ def test_previous_and_next_skip_days_without_papers(app):
     assert "/week/2025-W47" in client.get("/week/2025-W46").text
     assert "/month/2025-10" in client.get("/month/2025-11").text
     assert "No papers on this day" in text_of(client.get("/day/2025-11-11"))
+
+
+def test_from_a_week_or_a_month_one_comes_to_a_day_with_papers(app):
+    add(app, *papers())
+    client = visitor(app)
+    for address in ("/month/2025-11", "/week/2025-W47"):
+        spans = re.search(r'aria-label="Span">(.*?)</nav>', client.get(address).text, re.DOTALL)[1]
+        days = ["/day/2025-11-17", "/week/2025-W47", "/month/2025-11"]  # none of the empty days at its end
+        assert re.findall(r'href="([^"]+)"( aria-current)?', spans) == [
+            (at, " aria-current" if at == address else "") for at in days
+        ]
+    assert 'href="/day/2025-12-31"' in client.get("/month/2025-12").text  # where all are empty
 
 
 def test_weeks_and_months_hold_their_days(app):
@@ -186,7 +199,7 @@ def test_search_finds_words_and_marks_them(app):
     assert re.search(r"<mark>(sheep|calibrated)</mark>", answer.text)
     assert 'value="sheep calibrated"' in answer.text
     assert "Nothing found" in text_of(client.get("/search?q=zzzzzzz%20qqqqqq"))
-    assert client.get("/search", params={"q": "x" * 1001}).status_code == 400
+    assert client.get("/search", params={"q": "sheep", "page": 2}).status_code == 404  # and not "nothing found"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +207,20 @@ def test_search_finds_words_and_marks_them(app):
 )
 def test_no_query_fails(app, q):
     assert visitor(app).get("/search", params={"q": q}).status_code == 200
+
+
+def test_of_a_search_that_is_too_long_the_beginning_counts_and_the_page_says_so(app):
+    add(app, *papers())
+    client = visitor(app)
+    answer = client.get("/search", params={"q": "sheep " * 2000})
+    assert titles(answer)[0].startswith("Counting sheep")
+    told = text_of(answer)
+    assert "Only the beginning of what was asked counts." in told
+    assert "too long for filters" in told
+    assert len(re.search(r"<h1>(.*?)</h1>", answer.text)[1]) < 200
+    assert not any("site:weights" in link for link in links(answer.text))
+    assert "Only the beginning" not in text_of(client.get("/search?q=sheep"))
+    assert 'value="sheep"' in client.get("/search?q=sheep%00%E2%80%AE").text  # as it was looked for
 
 
 def test_a_filter_that_does_not_exist_is_explained(app):
@@ -322,14 +349,14 @@ def test_upvotes_count_once_and_can_be_taken_back(app):
     client = owner(app)
     for _ in range(2):
         answer = post(client, "/papers/2511.09001/vote", {"back": "/day/2025-11-17"})
-        assert answer.headers["location"] == "/day/2025-11-17"
+        assert re.fullmatch(r"/day/2025-11-17#p\d+", answer.headers["location"])
     assert "here: ▲ 1" in text_of(client.get("/papers/2511.09001"))
     answer = post(client, "/papers/2511.09001/vote", {"undo": "1"}, headers={"Accept": "application/json"})
     assert answer.json() == {"voted": False}
     assert "here:" not in text_of(client.get("/papers/2511.09001"))
 
 
-@pytest.mark.parametrize("back", ["https://evil.org", "//evil.org", "/\\evil.org", "javascript:x", "/a b", ""])
+@pytest.mark.parametrize("back", ["https://evil.org", "//evil.org", "/\\evil.org", "javascript:x", "/a b", "/#x", ""])
 def test_the_way_back_stays_here(app, back):
     add(app, *papers())
     assert post(owner(app), "/papers/2511.09001/vote", {"back": back}).headers["location"] == "/papers/2511.09001"
@@ -530,7 +557,8 @@ def test_a_saved_page_is_imported(app):
     told = text_of(client.get(answer.headers["location"]))
     assert re.search(r"new 2 merged 0 changed 0", told), told
     assert "saved-page.txt" in told
-    assert "This line belongs to nothing" in told
+    assert "Not understood: 1" in told
+    assert re.search(r"line \d+ This line belongs to nothing", told)
     day = client.get("/")
     assert titles(day) == ["A first invented paper about umbrellas", "A second one"]
     assert "3 November 2025" in text_of(day)
@@ -539,13 +567,25 @@ def test_a_saved_page_is_imported(app):
     assert re.search(r"new 0 merged 0 changed 0 same 2", text_of(client.get("/settings")))
 
 
+def test_of_an_update_that_read_nothing_it_is_not_said_that_all_was_understood(app):
+    client = owner(app)
+    for failed, understood in (((), True), (("hub: cannot be reached",), False)):
+        report = json.dumps(Report("update from hub", failed=failed).as_json())
+        with app.state.feed.database.write() as connection:
+            connection.execute("DELETE FROM import")
+            connection.execute("INSERT INTO import (source, started, ended, report) VALUES ('x', 1, 2, ?)", (report,))
+        told = text_of(client.get("/settings"))
+        assert ("Every line was understood" in told) is understood
+        assert ("hub: cannot be reached" in told) is not understood
+
+
 @pytest.mark.parametrize(
     ("content", "saved_on", "why"),
     [
-        (b"", "2025-11-17", "No file"),
+        (b"", "2025-11-17", "x.txt: the file is empty"),
         (b"hello", "2025-11-17", "Not imported"),
         (PAGE.encode(), "", "saved"),
-        (PAGE.encode(), "17.11.2025", "17.11.2025"),
+        (PAGE.encode(), "17.11.2025", "YYYY-MM-DD"),
         (b"\xff\xfe\x00\x01", "2025-11-17", "Not imported"),
     ],
 )

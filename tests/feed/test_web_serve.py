@@ -133,6 +133,12 @@ def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):
     assert "--port" in line
 
 
+def test_a_host_that_is_none_is_named_with_the_remedy(tmp_path):
+    done = _run(tmp_path, "--host", "nowhere.invalid", "--public-url", "https://papers.example.org", "--port", "0")
+    assert done.returncode == 2
+    assert "choose another with --host" in done.stderr
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_host_for_others_is_refused_with_the_reason(tmp_path, host):
     done = _run(tmp_path, "--host", host)

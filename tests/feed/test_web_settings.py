@@ -3,7 +3,8 @@
 import pytest
 
 from perturbed.errors import PerturbedError
-from perturbed.feed.web.settings import Settings, is_loopback
+from perturbed.feed import commands
+from perturbed.feed.web.settings import Settings, is_loopback, linked
 
 
 def settings(tmp_path, **more):
@@ -25,11 +26,47 @@ def test_loopback_needs_none(tmp_path, host):
 
 @pytest.mark.parametrize(
     "url",
-    ["http://papers.example.org", "papers.example.org", "https://", "https://a/b", "https://u:p@a", "https://a?x=1"],
+    [
+        *(
+            "http://papers.example.org",
+            "papers.example.org",
+            "https://",
+            "https://a/b",
+            "https://u:p@a",
+            "https://a?x=1",
+        ),
+        *(
+            "https://a:port",
+            "https://a:0",
+            "https://a:99999",
+            "https://[::1",
+            "https://a b",
+            "https://é.org",
+        ),
+        "javascript:alert(1)",
+    ],
 )
 def test_the_public_address_is_https_and_a_host_alone(tmp_path, url):
+    for check in (linked, lambda url: settings(tmp_path, public_url=url)):
+        with pytest.raises(PerturbedError, match="--public-url"):
+            check(url)
+
+
+def test_links_in_mail_may_lead_to_this_machine_or_to_the_public_address():
+    assert linked("http://127.0.0.1:8000/") == "http://127.0.0.1:8000"
+    assert linked("http://[::1]:8000") == "http://[::1]:8000"
+    assert linked("https://Papers.example.org/") == "https://papers.example.org"
+
+
+@pytest.mark.parametrize("url", ["papers.example.org", "javascript:alert(1)", "http://papers.example.org"])
+def test_the_commands_that_mail_check_what_links_begin_with(tmp_path, monkeypatch, url):
+    monkeypatch.setenv("PERTURBED_SMTP", "smtp://127.0.0.1:9")
+    monkeypatch.setenv("PERTURBED_MAIL_FROM", "papers@example.org")
+    (tmp_path / "f").touch()
     with pytest.raises(PerturbedError, match="--public-url"):
-        settings(tmp_path, public_url=url)
+        commands.subscribe("ann@example.org", public_url=url, database=tmp_path / "f")
+    with pytest.raises(PerturbedError, match="--public-url"):
+        commands.digest(public_url=url, database=tmp_path / "f")
 
 
 def test_names_and_origins(tmp_path):

@@ -127,7 +127,7 @@ def document(source: Source, base: str) -> bytes:
 def papers(connection: sqlite3.Connection, found: Sequence[Entry], base: str) -> list[Item]:
     """Papers as entries."""
     kept = _kept(connection, [entry.id for entry in found])
-    return [_paper(entry, *kept[entry.id], base) for entry in found]
+    return [_paper(entry, *kept[entry.id], base) for entry in found if entry.id in kept]  # an import unites papers
 
 
 def findings(connection: sqlite3.Connection, limit: int, offset: int, base: str) -> list[Item]:
@@ -138,7 +138,7 @@ def findings(connection: sqlite3.Connection, limit: int, offset: int, base: str)
         (limit, offset),
     ).fetchall()
     about = {entry.id: entry for entry in store.entries(connection, {row["paper"] for row in rows})}
-    return [_finding(row, about[row["paper"]], base) for row in rows]
+    return [_finding(row, about[row["paper"]], base) for row in rows if row["paper"] in about]
 
 
 def count_findings(connection: sqlite3.Connection) -> int:

@@ -277,12 +277,16 @@ def subscribe(
 ) -> None:
     """Ask an address, by mail, to confirm a subscription."""
     from perturbed.feed import mail, sandbox, subscriptions
+    from perturbed.feed.web.settings import linked
 
     sandbox.keep_to_oneself()  # the environment may hold the password of the mail server
+    # What is wrong with the request is said before what is wrong with the server.
     wants = subscriptions.Wants(query=topic, sites=tuple(site or ()), papers=not evidence)
-    subscriptions.normalised(address)  # what is wrong with it is said before what is wrong with the server
+    subscriptions.check_topic(wants)
+    subscriptions.normalised(address)
+    often, base = span(every), linked(public_url)
     fate = subscriptions.invite(
-        opened(existing(database)), address, wants, span(every), time.time(), to=mail.needed(), base=public_url
+        opened(existing(database)), address, wants, often, time.time(), to=mail.needed(), base=base
     )
     told = "asked to confirm" if fate == "sent" else fate or "was asked within the last hour; nothing was mailed"
     print(f"{address}: {told}")
@@ -302,20 +306,21 @@ def digest(
     """Mail the digest of a day or week to those who confirmed; for cron. Nobody gets one twice."""
     from perturbed.feed import digest as digests
     from perturbed.feed import mail, sandbox
+    from perturbed.feed.web.settings import linked
 
     sandbox.keep_to_oneself()  # the environment may hold the password of the mail server
-    often = span(every)
+    often, base = span(every), linked(public_url)
     day = day_of("--on", on) or datetime.now(UTC).date() - timedelta(days=1 if often == "day" else 7)
     store, now = opened(existing(database)), time.time()
     if dry_run:
-        made = digests.preview(store, often, day, now, base=public_url, folder=out)
+        made = digests.preview(store, often, day, now, base=base, folder=out)
         if not made:
             issue = digests.issue_of(often, day)[0]
             print(f"digest {issue}: nothing to send to those who confirmed, or it was sent already", file=sys.stderr)
         for path in made:
             print(path)
         return
-    print("\n".join(digests.send(store, often, day, now, to=mail.needed(), base=public_url).lines()))
+    print("\n".join(digests.send(store, often, day, now, to=mail.needed(), base=base).lines()))
 
 
 def span(every: str) -> Literal["day", "week"]:

@@ -105,8 +105,8 @@ def put_setting(connection: sqlite3.Connection, name: str, value: str) -> None:
 def damaged(path: Path, error: Exception) -> str:
     """What to say of a file that SQLite cannot use."""
     return (
-        f"{path}: not a usable feed database ({error}); `perturbed feed export --database {path}` saves what can still "
-        "be read, then move the file away or restore a backup beside it"
+        f"{path}: not a usable feed database ({error}); if it was one, `perturbed feed export --database {path}` saves "
+        "what can still be read, then restore a backup or begin anew; if not, choose another with --database"
     )
 
 

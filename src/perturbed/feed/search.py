@@ -40,6 +40,14 @@ _PIECES = 32  # words of a snippet
 _WORDS_WEIGHED, _RAREST = 80, 8  # words of a paper whose rarity is looked up, and those that stand for it
 _COMMON = 500  # papers from which on a word says little
 
+# Words that hold a sentence together: most papers have them, so they are not looked for beside others.
+_LITTLE = re.compile(
+    "a|an|and|are|as|at|be|been|by|can|could|do|does|for|from|had|has|have|how|if|in|into|is|it|its|of|on|or|our|should|so|"
+    "such|than|that|the|their|them|then|there|these|they|this|to|was|we|were|what|when|where|whether|which|while|who|"
+    "whose|why|will|with|would|you",
+    re.IGNORECASE,
+)
+
 _TOKEN = re.compile(
     r"""(?P<not>-)?(?:
         "(?P<phrase>[^"]*)"
@@ -188,13 +196,13 @@ def search(
     if not query.terms:
         ids, total, more = _listed(connection, query)
     else:
-        ids, found, more = _by_words(connection, query, notes)
+        ids, found, more = _by_words(connection, _weighty(query), notes)
         near = _by_meaning(connection, query, meaning, notes) if meaning is not None else []
         total = RANKED if more else len(found.union(near))
         ids = fuse(ids, near)
     reach = min(len(ids), DEEPEST)
     page = entries(connection, ids[:DEEPEST][max(offset, 0) : max(offset, 0) + max(limit, 0)])
-    snippets = _snippets(query, page)
+    snippets = _snippets(_weighty(query), page)
     hits = [Hit(entry, snippets.get(entry.id) or _opening(entry)) for entry in page]
     return Found(hits, total, " ".join(notes) or None, more, reach)
 
@@ -226,6 +234,12 @@ def _term(found: re.Match[str]) -> Term | None:
     if text.endswith("*") and len(beginning := text.rstrip("*")) >= SHORTEST_PREFIX:
         return Term(beginning, "prefix")
     return Term(text.strip("*"), "word")
+
+
+def _weighty(query: Query) -> Query:
+    """The query without its little words, unless it has no others."""
+    terms = tuple(t for t in query.terms if t.kind != "word" or not _LITTLE.fullmatch(t.text))
+    return replace(query, terms=terms) if terms else query
 
 
 def fts(terms: Iterable[Term], join: str = " ", columns: str = "- verdict") -> str:

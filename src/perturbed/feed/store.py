@@ -238,9 +238,10 @@ def neighbours(connection: sqlite3.Connection, first: date, last: date) -> tuple
     return _day(before), _day(after)
 
 
-def newest_day(connection: sqlite3.Connection) -> date | None:
-    """The last day that has papers."""
-    return _day(connection.execute("SELECT max(day) FROM paper").fetchone()[0])
+def newest_day(connection: sqlite3.Connection, first: date = date.min, last: date = date.max) -> date | None:
+    """The last of these days that has papers."""
+    days = (first.isoformat(), last.isoformat())
+    return _day(connection.execute("SELECT max(day) FROM paper WHERE day BETWEEN ? AND ?", days).fetchone()[0])
 
 
 def on_site(connection: sqlite3.Connection, site: str) -> list[Entry]:

@@ -25,7 +25,7 @@ from typing import Literal
 from email_validator import EmailNotValidError, validate_email
 
 from perturbed.errors import PerturbedError, nearest
-from perturbed.feed import mail
+from perturbed.feed import mail, topics
 from perturbed.feed.database import Database
 from perturbed.feed.mail import Fate, Server
 from perturbed.feed.papers import SITES, printed, spaced
@@ -138,6 +138,16 @@ class Subscription:
 
     wants: Wants
     every: Every
+
+
+def check_topic(wants: Wants) -> None:
+    """Refuse a topic of which a part would be left out, or that nothing could ever answer.
+
+    Raises:
+        SubscriptionError: It is one; the message says what was not understood.
+    """
+    if wants.query is not None and (why := topics.unclear(wants.query)) is not None:
+        raise SubscriptionError(f"the topic “{wants.query}” is not clear: {why.rstrip('.')}")
 
 
 def normalised(address: str) -> str:

@@ -34,6 +34,14 @@ def newest(connection: sqlite3.Connection, text: str, limit: int, offset: int) -
     return [row[0] for row in rows.fetchall()], total
 
 
+def unclear(text: str) -> str | None:
+    """Why a query makes no topic, or None: what of it was not understood, or that it asks for nothing."""
+    query = parse(text)
+    if query.notes:
+        return " ".join(query.notes)
+    return None if query.terms or query.excluded or query.filtered else "There is neither a word nor a filter in it."
+
+
 def _condition(query: Query) -> tuple[str, list[str | int]]:
     """A query as an SQL condition on ``paper``; an empty one lets none through."""
     asked, values = condition(query)

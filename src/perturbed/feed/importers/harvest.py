@@ -21,7 +21,7 @@ from perturbed.feed import store
 from perturbed.feed.database import Database
 from perturbed.feed.importers import atom, hub, oai, page, rss
 from perturbed.feed.importers.http import Client
-from perturbed.feed.importers.reading import FormatError, Read, Unread, bounded
+from perturbed.feed.importers.reading import FormatError, Read, Unread, bounded, has_been
 from perturbed.feed.papers import Paper
 
 BATCH = 500  # papers in a transaction: few enough that others wait a fraction of a second
@@ -102,7 +102,7 @@ class Report:
         names = ("source", "new", "merged", "changed", "same", "skipped")
         return {
             **{name: getattr(self, name) for name in names},
-            "unread": [{"line": u.line, "text": u.text, "why": u.why} for u in self.unread],
+            "unread": [{"line": u.line, "unit": u.unit, "text": u.text, "why": u.why} for u in self.unread],
             "notes": list(self.notes),
             "failed": list(self.failed),
         }
@@ -156,12 +156,14 @@ def import_file(
 
     Raises:
         ImportFileError: The file cannot be read, is too large, of no known kind, or is a page without ``saved_on``
-            or saved on a day still to come.
+            or saved on a day before all papers or still to come.
         FormatError: The file is of a known kind but broken; nothing was taken.
     """
-    if saved_on is not None and saved_on > datetime.fromtimestamp(now, UTC).date() + timedelta(days=1):
-        raise ImportFileError(f"saved on {saved_on}: that day is still to come; say on which the page was saved")
-    read = read_file(path, saved_on=saved_on)
+    if saved_on is not None and not has_been(saved_on, now):
+        raise ImportFileError(
+            f"saved on {saved_on}: that day is still to come, or older than any page; say on which day it was"
+        )
+    read = bounded(read_file(path, saved_on=saved_on), now)
     tally = _Tally(path.name, now)
     tally.add(read)
     row = _begin(database, tally)
@@ -179,7 +181,7 @@ def read_file(path: Path, *, saved_on: date | None) -> Read:
     except OSError as e:
         raise ImportFileError(f"{path}: cannot be read ({e.strerror})") from e
     try:
-        return bounded(_read(data, saved_on))
+        return _read(data, saved_on)
     except (FormatError, ImportFileError) as e:
         raise type(e)(f"{path}: {e}") from e
 
@@ -190,7 +192,7 @@ def _read(data: bytes, saved_on: date | None) -> Read:
         return {"hub": hub.read, "atom": atom.read, "oai": oai.read, "rss": rss.read}[kind](data)
     if saved_on is None:
         raise ImportFileError(
-            "a saved page leaves its year out of its days: say when that was with --saved-on YYYY-MM-DD"
+            "a saved page leaves its own year out of its days: say on which day it was saved (--saved-on YYYY-MM-DD)"
         )
     return page.read(_decoded(data), saved_on)
 
@@ -374,7 +376,7 @@ class _Harvest:
 
     def _take(self, name: str, read: Read, what: str, state: dict[str, Any] | None) -> None:
         """Store a page; with its last papers where the harvest goes on."""
-        read = bounded(read)
+        read = bounded(read, self.tally.now)
         self.tally.add(read, f"{name} {what}")
         _store(self.database, read.papers, self.tally, progress=self.progress, what=what, then=(name, state))
 

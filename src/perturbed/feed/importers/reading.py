@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import TypeVar
 
 from perturbed.errors import PerturbedError
@@ -14,6 +14,8 @@ from perturbed.feed.papers import Paper, arxiv_id, clean, title_key
 E = TypeVar("E")
 
 _SHOWN = 120  # characters of a line that a report repeats
+FIRST_DAY = date(1900, 1, 1)
+AHEAD = 7  # days by which those of a source may be ahead of ours
 _MOST_AUTHORS = 10_000  # the most that a paper has had are half as many
 _LONGEST = {  # characters
     "title": 1_000,
@@ -95,17 +97,30 @@ def each(entries: Iterable[E], paper: Callable[[E], Paper | None], text: Callabl
     return Read(tuple(papers), tuple(unread), skipped=skipped)
 
 
-def bounded(read: Read) -> Read:
-    """What was read without the papers that tell more than any real one: they go to ``unread``."""
-    large = {place: why for place, paper in enumerate(read.papers, 1) if (why := _too_large(paper))}
-    if not large:
+def bounded(read: Read, now: float) -> Read:
+    """What was read without the papers that tell more than any real one, or of days that no paper can be of.
+
+    They go to ``unread``. One day far ahead of ``now`` would be the newest of all for years.
+    """
+    unreal = {place: why for place, paper in enumerate(read.papers, 1) if (why := _unreal(paper, now))}
+    if not unreal:
         return read
-    unread = (Unread(place, read.papers[place - 1].title, why, "paper") for place, why in large.items())
-    papers = (paper for place, paper in enumerate(read.papers, 1) if place not in large)
+    unread = (Unread(place, read.papers[place - 1].title, why, "paper") for place, why in unreal.items())
+    papers = (paper for place, paper in enumerate(read.papers, 1) if place not in unreal)
     return replace(read, papers=tuple(papers), unread=(*read.unread, *unread))
 
 
-def _too_large(paper: Paper) -> str | None:
+def has_been(day: date, now: float, *, ahead: int = 1) -> bool:
+    """Whether a day is not older than all papers, and no further ahead than it is in some time zone already."""
+    return FIRST_DAY <= day <= datetime.fromtimestamp(now, UTC).date() + timedelta(days=ahead)
+
+
+def _unreal(paper: Paper, now: float) -> str | None:
+    days = ((name, getattr(paper, name)) for name in ("listed", "published", "updated"))
+    if odd := next(
+        ((name, day) for name, day in days if day is not None and not has_been(day, now, ahead=AHEAD)), None
+    ):
+        return f"{odd[0]} on {odd[1]}, of which no paper can be"
     if len(paper.authors) > _MOST_AUTHORS:
         return f"{len(paper.authors):,} authors"
     texts = [(name, getattr(paper, name) or "", most) for name, most in _LONGEST.items()]

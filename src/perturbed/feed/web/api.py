@@ -155,7 +155,7 @@ def find(
     request: Request,
     q: Annotated[str, Query(max_length=1000, description='Words, "phrases", begin*, -without, site:, verdict:, year:')],
     limit: Limit = 20,
-    offset: Annotated[int, Query(ge=0, le=10_000)] = 0,
+    offset: Annotated[Number, Query(ge=0, le=10_000)] = 0,
 ) -> Response:
     """Papers by words and by meaning, the best first."""
     limited(request, "search", SEARCHES, 60)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sqlite3
 from calendar import Calendar
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from typing import Annotated, Any
-from urllib.parse import urlencode
+from urllib.parse import quote_plus, urlencode
 
 from fastapi import APIRouter, HTTPException, Query
 from starlette.requests import Request
@@ -16,7 +16,7 @@ from starlette.responses import RedirectResponse, Response
 
 from perturbed.evidence.report import KINDS
 from perturbed.feed import catalogue, evidence, export, ranking, search, store, verdicts
-from perturbed.feed.papers import SITES, paper_path
+from perturbed.feed.papers import SITES, clean, paper_path
 from perturbed.feed.store import Entry
 from perturbed.feed.web.pages import CUT, clipped, page, unchanged
 from perturbed.feed.web.security import FIGURE_POLICY, SEARCHES, is_owner, limit
@@ -24,8 +24,11 @@ from perturbed.feed.web.state import Feed, feed_of
 
 router = APIRouter()
 
-PER_PAGE = 15  # a page stays below 60 KB with the abstracts folded into it
-OPENING, WHOLE = 420, 1900  # bytes of a text in a list, and of what is folded below it
+PER_PAGE = 15
+OPENING = 420  # bytes of a text in a list
+FOLDED = (1900, 900, 400, 160)  # and of what is folded below it: the first with which the page is small enough
+LARGEST = 60_000  # bytes of a page
+ASKED, REPEATED = 500, 300  # bytes of a search that count, and of one that stands in links to some twenty filters
 TRENDING = 100  # papers
 ROOMS = {
     "data": "What is learned from: corpora, mixtures, order, repetition, what is planted or left out.",
@@ -44,10 +47,19 @@ Number = Annotated[int, Query(alias="page", ge=1, le=100_000)]
 
 @dataclass(frozen=True)
 class Card:
-    """A paper in a list, with what was measured of it."""
+    """A paper in a list, with what was measured of it.
+
+    Args:
+        entry: The paper.
+        short: What was measured.
+        snippet: In a search, where its words stand.
+        folded: Bytes of the text below the fold.
+    """
 
     entry: Entry
     short: verdicts.Short | None
+    snippet: Sequence[tuple[str, bool]] = ()
+    folded: int = FOLDED[0]
 
     @property
     def opening(self) -> str:
@@ -59,8 +71,8 @@ class Card:
         """Of the abstract what the opening does not hold already."""
         abstract = self.entry.abstract or ""
         if self.entry.summary:
-            return clipped(abstract, WHOLE)
-        return clipped(abstract[len(self.opening.removesuffix(CUT)) :].lstrip(), WHOLE)
+            return clipped(abstract, self.folded)
+        return clipped(abstract[len(self.opening.removesuffix(CUT)) :].lstrip(), self.folded)
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,15 @@ def cards(entries: Sequence[Entry]) -> list[Card]:
     return [Card(entry, verdicts.summary_of(entry.slug) if entry.slug else None) for entry in entries]
 
 
+def listing(request: Request, template: str, *, cards: Sequence[Card], **values: Any) -> Response:
+    """A page with a list of papers, with less of each folded away where it would be too large."""
+    for folded in FOLDED:
+        answer = page(request, template, cards=[replace(card, folded=folded) for card in cards], **values)
+        if len(answer.body) <= LARGEST:
+            break
+    return answer
+
+
 def measured(feed: Feed, most: int) -> list[Card]:
     """The papers with evidence, the newest finding first."""
     rows = feed.database.read().execute(
@@ -141,7 +162,7 @@ def home(request: Request, number: Number = 1) -> Response:
         "SELECT id FROM paper ORDER BY coalesce(day, year || '-00') DESC, title_key LIMIT ? OFFSET ?",
         (PER_PAGE, paging.offset),
     )
-    return page(
+    return listing(
         request,
         "home.html",
         cards=cards(store.entries(connection, [row[0] for row in rows])),
@@ -215,13 +236,14 @@ def _days(request: Request, span: Span, number: int, *, address: str | None = No
     total = store.count_between(connection, span.first, span.last)
     paging = Paging(_existing(number, total), total, address or span.address)
     before, after = store.neighbours(connection, span.first, span.last)
+    within = store.newest_day(connection, span.first, span.last) or span.last  # a day of it that is not empty
     of = _SPANS[span.kind]
     found = store.between(connection, span.first, span.last, PER_PAGE, paging.offset)
-    return page(
+    return listing(
         request,
         "days.html",
         span=span,
-        spans=[make(span.last) for make in _SPANS.values()],
+        spans=[make(within) for make in _SPANS.values()],
         before=of(before) if before else None,
         after=of(after) if after else None,
         cards=cards(found),
@@ -257,32 +279,34 @@ def trending(request: Request, number: Number = 1) -> Response:
     found = ranking.trending(feed.database.read(), feed.clock(), TRENDING)
     paging = Paging(_existing(number, len(found)), len(found), "/trending")
     shown = cards(found[paging.offset : paging.offset + PER_PAGE])
-    return page(request, "trending.html", cards=shown, paging=paging, formula=ranking.FORMULA)
+    return listing(request, "trending.html", cards=shown, paging=paging, formula=ranking.FORMULA)
 
 
 @router.get("/search")
 def find(
     request: Request,
-    q: Annotated[str, Query(max_length=1000)] = "",
+    q: str = "",
     number: Number = 1,
 ) -> Response:
     """Papers by words and by meaning."""
     limit(request, "search", SEARCHES, 60)
     feed = feed_of(request)
     connection = feed.database.read()
-    asked = " ".join(q.split())
-    paging = Paging(number, 0, "/search", (("q", asked),))
-    found = search.search(connection, asked, limit=PER_PAGE, offset=paging.offset, meaning=feed.meaning)
-    paging = Paging(number, found.reach, "/search", (("q", asked),))
+    whole = clean(q)
+    asked = whole.encode()[:ASKED].decode(errors="ignore")
+    offset = (number - 1) * PER_PAGE
+    found = search.search(connection, asked, limit=PER_PAGE, offset=offset, meaning=feed.meaning)
+    notes = [found.note, "Only the beginning of what was asked counts." if asked != whole else None]
     shown = cards([hit.entry for hit in found.hits])
-    return page(
+    return listing(
         request,
         "search.html",
         asked=asked,
         found=found,
-        results=list(zip(shown, [hit.snippet for hit in found.hits], strict=True)),
-        paging=paging,
-        filters=_filters(feed, asked),
+        note=" ".join(filter(None, notes)),
+        cards=[replace(card, snippet=hit.snippet) for card, hit in zip(shown, found.hits, strict=True)],
+        paging=Paging(_existing(number, found.reach), found.reach, "/search", (("q", asked),)),
+        filters=_filters(feed, asked) if len(quote_plus(asked)) <= REPEATED else [],
     )
 
 

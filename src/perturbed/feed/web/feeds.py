@@ -80,6 +80,8 @@ def topic(request: Request, q: str = "", page: Page = 1) -> Response:
     asked = spaced("".join(c if c.isprintable() else " " for c in q))
     if not asked or len(asked) > LONGEST:
         raise Refused(400, "Which topic?", f"Put its words behind ?q=, at most {LONGEST} letters.")
+    if why := topics.unclear(asked):
+        raise Refused(400, "The topic is not clear", why)
     feed = feed_of(request)
     connection, base = feed.database.read(), feed.settings.base
     ids, total = topics.newest(connection, asked, PAGE, (page - 1) * PAGE)

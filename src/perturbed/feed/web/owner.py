@@ -46,7 +46,7 @@ from perturbed.feed.web.state import Feed, feed_of
 router = APIRouter()
 OWNER = [Depends(owner)]
 Row = Annotated[int, InPath(ge=1, lt=2**63)]  # what SQLite takes for a row's number
-_HERE = re.compile(r"/(?![/\\])[^\s\\]*")
+_HERE = re.compile(r"/(?![/\\])[^\s\\#]*")
 
 
 # --- the session -------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def vote(request: Request, key: str, undo: Annotated[str, Form()] = "", back: An
             store.vote(connection, entry.id, VOTER, feed.clock())
     if "application/json" in request.headers.get("accept", ""):
         return JSONResponse({"voted": not undo})
-    return RedirectResponse(back if _HERE.fullmatch(back) else paper_path(entry.key), 303)
+    return RedirectResponse(f"{back}#p{entry.id}" if _HERE.fullmatch(back) else paper_path(entry.key), 303)
 
 
 @router.post("/papers/{key:path}/comments", dependencies=OWNER)
@@ -245,8 +245,6 @@ def take(request: Request, file: UploadFile, saved_on: Annotated[str, Form()] = 
     limit(request, "import", 20, 60)
     feed = feed_of(request)
     content = file.file.read()
-    if not content:
-        raise Refused(400, "No file", "Choose the file that you saved, then import it.")
     # Its own name stays in the report; where it lies on this disk is chosen here.
     name = re.sub(r"[^\w.-]+", "-", PurePosixPath((file.filename or "file").replace("\\", "/")).name).strip(".-")
     try:
@@ -254,10 +252,16 @@ def take(request: Request, file: UploadFile, saved_on: Annotated[str, Form()] = 
             path = Path(folder) / (name[:80] or "file")
             path.write_bytes(content)
             try:
-                when = date.fromisoformat(saved_on) if saved_on else None
-                import_file(feed.database, path, saved_on=when, now=feed.clock())
-            except (PerturbedError, ValueError) as e:
-                raise Refused(400, "Not imported", str(e).replace(f"{folder}/", "")) from e
+                import_file(feed.database, path, saved_on=_day(saved_on), now=feed.clock())
+            except PerturbedError as e:
+                raise Refused(400, "Not imported", f"{e}.".replace(f"{folder}/", "")) from e
     except OSError as e:
         raise no_room(e) from e
     return RedirectResponse("/settings#imports", 303)
+
+
+def _day(text: str) -> date | None:
+    try:
+        return date.fromisoformat(text) if text else None
+    except ValueError as e:
+        raise PerturbedError(f"the day of the save, {text[:40]!r}, is to be written as YYYY-MM-DD") from e

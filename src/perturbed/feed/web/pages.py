@@ -12,13 +12,13 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from perturbed.evidence.figures import palette_css
 from perturbed.evidence.report import STYLE, kind_of
-from perturbed.feed.web.security import Refused, csrf_token, is_owner
+from perturbed.feed.web.security import Refused, can_subscribe, csrf_token, is_owner
 from perturbed.feed.web.state import feed_of
 
 HERE = Path(__file__).parent
@@ -34,7 +34,8 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
         template: Name in ``templates/``; it extends ``base.html``.
         status: HTTP status.
         values: Of the template. It also has ``request``, ``owner`` (whether the reader is), ``public`` (whether the
-            feed has an address for others), and ``csrf()``: the hidden field that every form holds.
+            feed has an address for others), ``subscribing`` (whether the reader may), and ``csrf()``: the hidden field
+            that every form holds.
     """
     field = Markup('<input type="hidden" name="csrf" value="{}">').format(csrf_token(request))
     own = is_owner(request)
@@ -42,6 +43,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
         "request": request,
         "owner": own,
         "public": feed_of(request).settings.public_url is not None,
+        "subscribing": can_subscribe(request),
         "csrf": lambda: field if own else Markup(""),
         **values,
     }
@@ -80,7 +82,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.globals.update(static=static_address)
-    filters = (outside, segment, day, when, iso, thousands, clipped, capital, unbroken, kind, attributes)
+    filters = (outside, segment, day, when, iso, thousands, clipped, capital, unbroken, coded, kind, attributes)
     made.filters.update({each.__name__: each for each in filters})
     return made
 
@@ -139,6 +141,11 @@ def capital(text: str) -> str:
 def unbroken(text: str) -> str:
     """The text without places where a line would break badly: per cent signs stay with their numbers, arrows whole."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%").replace("->", "→")
+
+
+def coded(text: str) -> Markup:
+    """What stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # escaped before anything is put in
 
 
 def kind(verdict: str) -> dict[str, str]:

@@ -109,13 +109,18 @@ def owner(request: Request) -> None:
         )
 
 
+def can_subscribe(request: Request) -> bool:
+    """Whether it is the owner's, or a visitor's of a feed that has a public address."""
+    return feed_of(request).settings.public_url is not None or is_owner(request)
+
+
 def may_subscribe(request: Request) -> None:
-    """Dependency of the subscription pages: the owner, and visitors where the feed has a public address.
+    """Dependency of the subscription pages.
 
     Raises:
         Refused: 403, for other users of the machine where the feed is on loopback only.
     """
-    if feed_of(request).settings.public_url is None:
+    if not can_subscribe(request):
         owner(request)
 
 
@@ -184,7 +189,8 @@ def limit(request: Request, name: str, per: int, seconds: float) -> None:
 def too_many(wait: float) -> Refused:
     """The refusal of who asks too often."""
     whole = max(1, round(wait))
-    return Refused(429, "Too many requests", f"Try again in {whole} s.", {"Retry-After": str(whole)})
+    said = f"{whole} s" if whole < 100 else f"{-(-whole // 60)} minutes"
+    return Refused(429, "Too many requests", f"Try again in {said}.", {"Retry-After": str(whole)})
 
 
 def no_room(error: OSError) -> Refused:

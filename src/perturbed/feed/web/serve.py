@@ -76,5 +76,6 @@ def _listening(settings: Settings) -> socket.socket:
             errno.EADDRINUSE: "another program listens there, perhaps another `perturbed serve`",
             errno.EACCES: "this user may not listen there",
         }.get(e.errno or 0, e.strerror or str(e))
-        raise PerturbedError(f"{settings.host}:{settings.port}: {why}; choose another with --port") from e
+        option = "--port" if e.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise PerturbedError(f"{settings.host}:{settings.port}: {why}; choose another with {option}") from e
     return listening

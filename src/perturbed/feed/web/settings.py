@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from perturbed.errors import PerturbedError
 
@@ -88,10 +89,29 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
+def linked(url: str) -> str:
+    """What links in mail begin with, checked: the public address, or one of this machine, which may be http.
+
+    Raises:
+        PerturbedError: It is neither.
+    """
+    parts = _split(url)
+    return f"http://{parts.netloc}" if parts.scheme == "http" and is_loopback(parts.hostname or "") else _public(url)
+
+
 def _public(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme != "https" or not parts.hostname:
+    parts = _split(url)
+    if parts.scheme != "https":
         raise PerturbedError(f"--public-url {url}: must be https://…, since the owner's session passes through it")
-    if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
-        raise PerturbedError(f"--public-url {url}: only https://name or https://name:port, nothing behind it")
     return f"https://{parts.netloc.lower().removesuffix(':443')}"  # which browsers leave out of Host and Origin
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        known = parts.port != 0 and re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|[0-9a-f:.]+", parts.hostname or "")
+    except ValueError:
+        known = None
+    if not known or parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+        raise PerturbedError(f"--public-url {url}: only https://name or https://name:port, nothing behind it")
+    return parts

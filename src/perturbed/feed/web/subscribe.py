@@ -32,7 +32,9 @@ _LOG = logging.getLogger("perturbed.feed")
 @router.get("/subscribe", dependencies=MAY_SUBSCRIBE)
 def form(request: Request) -> Response:
     """The form."""
-    return _form(request, {"query": request.query_params.get("q", ""), "sites": (), "every": "day"})
+    return _form(
+        request, {"query": request.query_params.get("q", "")[: subscriptions.QUERY_LENGTH], "sites": (), "every": "day"}
+    )
 
 
 @router.post("/subscribe", dependencies=MAY_SUBSCRIBE)
@@ -57,6 +59,7 @@ async def asked(request: Request) -> Response:
         wants = Wants(
             query=filled["query"], sites=filled["sites"], papers=filled["papers"], evidence=filled["evidence"]
         )
+        subscriptions.check_topic(wants)
     except SubscriptionError as e:
         return _form(request, filled, status=400, wrong=str(e))
     answer = page(request, "subscribe_asked.html", wants=wants.in_words(), often=subscriptions.OFTEN[every])

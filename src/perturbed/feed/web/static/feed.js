@@ -5,23 +5,23 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 // --- upvotes: the form's own request, answered in JSON; on any trouble the form is sent as it would have been
 document.addEventListener("submit", async (event) => {
-  const form = event.target.closest("form.vote");
-  if (!form) return;
+  const form = event.target;
+  const button = event.submitter;
+  if (form.id !== "votes" || form.dataset.plain) return;
   event.preventDefault();
-  const button = form.querySelector("button");
   const body = new URLSearchParams(new FormData(form, button));
   button.disabled = true;
   try {
-    const answer = await fetch(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
+    const answer = await fetch(button.formAction, { method: "POST", body, headers: { Accept: "application/json" } });
     if (!answer.ok) throw new Error(answer.status);
     const { voted } = await answer.json();
     button.setAttribute("aria-pressed", String(voted));
-    form.querySelector(".said").textContent = voted ? "Upvoted" : "Upvote";
+    button.querySelector(".said").textContent = voted ? "Upvoted" : "Upvote";
     if (voted) { button.name = "undo"; button.value = "1"; } else button.removeAttribute("name");
     button.disabled = false;
   } catch {
     button.disabled = false;
-    form.classList.remove("vote");
+    form.dataset.plain = "true";
     form.requestSubmit(button);
   }
 });
