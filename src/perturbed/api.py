@@ -7,17 +7,16 @@ import itertools
 import operator
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from torch.nn import Module
 
 from perturbed.core.plan import Intervention, Plan, apply
 from perturbed.core.registry import Card, Method, card, load
-from perturbed.core.run import Result, accelerator
+from perturbed.core.run import accelerator
 from perturbed.core.run import settings as settings_of_runs
 from perturbed.errors import PlanError, nearest
-from perturbed.evidence.pool import Listener, Place, Pool
+from perturbed.evidence.pool import Place, Pool
 from perturbed.evidence.progress import Bars
 from perturbed.evidence.runner import Fixed, Record, Setting, add_interactions, check_seeds, default_store, run_study
 from perturbed.evidence.settings import apply_settings, load_plan, plan_file
@@ -195,26 +194,7 @@ def carry_out(asked: Setting, *, plan: object = None, workers: int | None = None
     pool = Pool(default_store(), workers=1 if launched else workers, on=on, files=(file,) if file else ())
     name = asked.card.slug if asked.card else "compare"
     with Bars(name, quiet=not accelerator().is_main_process) as bars:
-        return run_study(asked, pool, lambda jobs: _Expecting(bars.listen(jobs), asked.study.metric))
-
-
-@dataclass
-class _Expecting:
-    """A listener that ends a study at the first run without its metric, not after the last."""
-
-    listener: Listener
-    metric: str
-
-    def progress(self, job: int, done: int, of: int) -> None:
-        """Passed on."""
-        self.listener.progress(job, done, of)
-
-    def finished(self, job: int, result: Result) -> None:
-        """Passed on, if the metric is there or could not be."""
-        if result.diverged is None and self.metric not in result.scores:
-            known = ", ".join(sorted(result.scores))
-            raise PlanError(f"no measure gives the metric {self.metric!r}, which decides; there is {known}")
-        self.listener.finished(job, result)
+        return run_study(asked, pool, bars.listen)
 
 
 def compare(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LISTED = 20  # of a long list of names, such as a model's modules
+
 
 class PerturbedError(Exception):
     """Base of every error that the command line shows as one line; ``code`` is its exit code."""
@@ -38,4 +40,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"there is {', '.join(options)}" if options else "there is none"
+    more = f" and {len(options) - _LISTED} more" if len(options) > _LISTED else ""
+    return f"there is {', '.join(options[:_LISTED])}{more}" if options else "there is none"

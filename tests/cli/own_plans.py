@@ -16,6 +16,10 @@ def made():
     return SMALL()
 
 
+def wants(size):
+    return SMALL()
+
+
 @dataclass(frozen=True)
 class Explodes:
     inner: object

@@ -69,6 +69,13 @@ def test_plan_files(perturbed, tmp_path):
     broken.write_text("import no_such_module\n")
     refused(perturbed(*SMOKE, "--plan", f"{broken}:plan"), "broken_plan.py", "does not import", "no_such_module")
     refused(perturbed(*SMOKE, "--plan", f"{PLANS}:not_a_plan"), "no Plan")
+    refused(perturbed(*SMOKE, "--plan", f"{PLANS}:wants"), "wants gives no plan", "missing 1 required", "without")
+    ends = tmp_path / "plan_that_ends.py"
+    ends.write_text("raise SystemExit(1)\n")
+    refused(perturbed(*SMOKE, "--plan", f"{ends}:plan"), "does not import: SystemExit: 1")
+    falls = tmp_path / "plan_that_falls.py"
+    falls.write_text("def plan():\n    return 1 / 0\n")
+    refused(perturbed(*SMOKE, "--plan", f"{falls}:plan"), "ZeroDivisionError", "plan_that_falls.py line 2")
     refused(perturbed(*SMOKE, "--plan", f"{PLANS}:palns"), "palns", "plan")
     refused(perturbed(*SMOKE, "--plan", f"{tmp_path}/nowhere.py:plan"), "no file")
     refused(perturbed(*SMOKE, "--plan", "digit"), "did you mean 'digits'")
@@ -217,6 +224,29 @@ def test_compare_in_combination(perturbed, tmp_path):
     assert found["effect"] == pytest.approx((d["noise+decay"] - d["noise"] - d["decay"]).mean())
     assert found["interval"][0] <= found["effect"] <= found["interval"][1]
     assert pt.write_report(record, tmp_path).read_text().count("<svg") >= 2
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_command_that_was_killed(tmp_path):
+    command = [sys.executable, "-m", "perturbed", "run", SLUG, "--seeds", "2", "--workers", "2", "--json"]
+    command += ["--out", str(tmp_path / "r"), "--set", "plan.pretrain_steps=100000", "--arms", "slow_fast"]
+    env = {**os.environ, "PERTURBED_HOME": str(tmp_path / "home3")}
+    child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    patience = time.monotonic() + 120
+    while len(workers := workers_of(child.pid)) < 2 and time.monotonic() < patience:
+        time.sleep(0.1)
+    child.kill()
+    child.wait()
+    patience = time.monotonic() + 120
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < patience:
+        time.sleep(0.5)
+    assert len(workers) == 2
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def workers_of(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [one for one in children if b"LokyProcess" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def test_files_and_names_are_found_and_others_are_not() -> None:
     assert pt.weights.SparseLowRank.__module__ == "perturbed.weights.sparse_low_rank"
     assert pt.measures.bounds.Ball(0.1).eps == 0.1
     assert pt.data.content.__file__  # a function of this name in it does not stand in its way
+    assert pt.plans.Digits.NAME == "digits"
     assert not hasattr(pt.weights, "__wrapped__")
     with pytest.raises(AttributeError, match=r"perturbed\.weights has no 'SparseLowRang'.*SparseLowRank"):
         _ = pt.weights.SparseLowRang

@@ -72,6 +72,23 @@ def test_a_shape_is_counted_once_and_added_at_each_step():
     assert again.cost.flops == 2 * 16 * (9 + 3)
 
 
+def test_what_grows_on_the_way_is_counted_anew():
+    def cost(steps, *, saved_after=None):
+        layer, meter = nn.Linear(4, 4), Meter()
+        for step in range(steps):
+            if step == saved_after:
+                state, meter = meter.state_dict(layer), Meter()
+                meter.load_state_dict(state)
+            with meter.step({"x": torch.randn(2, 4)}):
+                for _ in range(1 if step == 0 else 3):  # as where a radius grows from 0
+                    layer(torch.randn(2, 4))
+        return meter.cost.flops / (2 * 16 * 2)
+
+    assert cost(7) == 7  # as the first
+    assert cost(100) == 7 + 3 * 93
+    assert cost(100, saved_after=5) == cost(100, saved_after=50) == cost(100)
+
+
 def test_tokens_are_counted_without_padding():
     ids, mask = torch.zeros(2, 5).long(), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
     assert counted(lambda: None, {"input_ids": ids}).cost.tokens == 10

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from perturbed import api
 from perturbed.core.registry import cards, load
 from perturbed.errors import PlanError
 from perturbed.evidence.ledger import latest
+from perturbed.evidence.pool import Pool
 from perturbed.evidence.report import study_html
-from perturbed.evidence.runner import add_interactions
+from perturbed.evidence.runner import Setting, add_interactions, run_study
 from perturbed.evidence.statistics import holm, paired_t_p
 from perturbed.evidence.study import Contrast, Study
 from perturbed.evidence.verdict import judge, judge_contrast, judge_record
@@ -174,6 +176,21 @@ def test_weights_leave_out_what_all_arms_share(weights, message):
         return
     with pytest.raises(PlanError, match=message):
         asked(weights)
+
+
+def test_a_metric_that_is_never_measured_ends_the_first_run(tmp_path):
+    runs = []
+
+    def listen(jobs):
+        return SimpleNamespace(progress=None, finished=lambda job, result: runs.append(job))
+
+    asked_for = dataclasses.replace(
+        load("sharpness-aware").study.at("smoke"),
+        contrasts={"fast": Contrast(**asked({"aware": 1, "control": -1}, "speed"))},
+    )
+    with pytest.raises(PlanError, match="no measure gives the metric 'speed'; there is accuracy"):
+        run_study(Setting(asked_for, "smoke", (0, 1)), Pool(tmp_path, workers=1), listen)
+    assert runs == []
 
 
 def test_equal_says_how_equal():

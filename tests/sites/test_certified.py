@@ -316,3 +316,17 @@ def test_the_largest_loss_does_not_overflow() -> None:
         value = worst_loss(found, labels, ease, 1.0)
         assert value.isfinite().all()
         assert value.max() > math.log(3e38)  # exp of it is no float32
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"norm": "l3"}, "no norm 'l3'"),
+        ({"method": "ibp"}, "no method 'ibp': .*crown-ibp"),
+        ({"eps": -0.1}, "eps=-0.1"),
+        ({"eps": math.inf}, "eps=inf"),
+    ],
+)
+def test_a_measure_that_cannot_be_taken_is_refused_before_training(how, words):
+    with pytest.raises(PlanError, match=words):
+        CertifiedAccuracy(**how)

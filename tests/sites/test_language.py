@@ -8,9 +8,10 @@ import torch
 from perturbed.core.run import Engine
 from perturbed.core.store import Store
 from perturbed.data.documents import Document, concatenate
-from perturbed.data.packing import pack
+from perturbed.data.packing import pack, targets
 from perturbed.errors import PlanError
 from perturbed.measures.language import text_loss
+from perturbed.objectives.language import next_token_loss
 from perturbed.plans.docstring_lm import DocstringLM
 
 SMALL = {"width": 16, "layers": 1, "heads": 1, "length": 32, "batch": 8, "steps": 20, "lr": 2e-2}
@@ -27,6 +28,12 @@ def test_loss_and_bits_per_byte_by_hand():
     assert bits == pytest.approx(nats / math.log(2) / (1 + 2 + 2))
     assert math.isnan(text_loss(lambda b: log_p.expand(1, 7, 4), [batch])[1])
     assert all(math.isnan(x) for x in text_loss(lambda b: log_p, []))
+
+
+@pytest.mark.parametrize("asked", [next_token_loss, lambda model, batch, ctx: targets(batch)])
+def test_a_batch_that_does_not_tell_its_texts_apart_is_named(asked):
+    with pytest.raises(PlanError, match=r"has input_ids, labels but no segment_ids .*data\.packing"):
+        asked(None, {"input_ids": torch.zeros(2, 3).long(), "labels": torch.zeros(2)}, None)
 
 
 def test_bits_per_byte_do_not_depend_on_how_text_is_cut():

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from vision_toys import ctx_of, move, restless_plan, run
 
 from perturbed.core.plan import apply
 from perturbed.errors import PlanError
+from perturbed.inputs.adversarial import PGDTraining
 from perturbed.inputs.noise import InputNoise, noisy
 
 MIDDLE = torch.full((64, 1, 8, 8), 0.5)
@@ -53,6 +57,14 @@ def test_only_the_input_entry_changes() -> None:
     assert found["labels"] is batch["labels"]
     assert batch["pixels"] is MIDDLE
     assert not torch.equal(found["pixels"], MIDDLE)
+
+
+@pytest.mark.parametrize("intervention", [InputNoise(), PGDTraining()])
+def test_token_ids_have_nothing_near(intervention: Any) -> None:
+    facts = dataclasses.replace(ctx_of().facts, input_range=(0.0, 100.0))
+    batch = {"pixels": torch.arange(4), "labels": torch.arange(4)}
+    with pytest.raises(PlanError, match=r"'pixels' is int64, .* floating-point numbers"):
+        intervention.perturb(batch, ctx_of(facts=facts))
 
 
 def test_scale_zero_is_the_control_bit_for_bit() -> None:

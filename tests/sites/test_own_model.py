@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -85,6 +86,27 @@ def test_each_family_trains_and_the_model_given_stays_as_it_was(name):
     assert all(p.grad is None for p in model.parameters())
     assert (plan.facts.modality, plan.facts.target, plan.facts.input, plan.facts.classes) == facts
     assert ("accuracy" in result.scores) == (facts[1] == "class")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"facts": {"tokenizer": SimpleNamespace(encode=list)}}, "give a function that returns it"),
+        ({"measures": [len]}, "no Measure: pt.Measure"),
+    ],
+)
+def test_what_is_not_of_its_kind_is_said_before_training(more, words):
+    with pytest.raises(PlanError, match=words):
+        from_model(bert(), data=texts(), steps=1, batch=4, **more)
+
+
+def test_a_bare_torch_optimiser_is_told_to_be_wrapped():
+    def bare(model, ctx):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    plan = from_model(bert(), data=texts(), steps=1, batch=4, optim=bare)
+    with pytest.raises(PlanError, match=r"optim gives a SGD; wrap it, as in pt\.Optim"):
+        run(plan)
 
 
 def test_the_loss_on_labels_is_the_cross_entropy_of_the_logits():

@@ -84,13 +84,19 @@ class Meter:
         self.cost = Cost()
         self._flops: dict[str, int] = {}
         self._shapes: list[torch.Size] = []
-        self._last = 0
+        self._last = self._steps = 0
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         _reset_peak()
 
     @contextmanager
     def step(self, batch: Batch) -> Iterator[None]:
-        """Count one training step on ``batch``: the first of each shape under torch's counter."""
+        """Count one training step on ``batch``: the first of each shape under torch's counter, and now and then anew.
+
+        What a step does may follow a schedule (a radius that grows from 0), so steps 8, 64, 512, … begin again.
+        """
+        self._steps += 1
+        if self._steps.bit_count() == 1 and self._steps.bit_length() % 3 == 1:
+            self._flops, self._shapes = {}, []
         shapes = [v.shape for v in batch.values()]
         if shapes == self._shapes:
             yield
@@ -133,12 +139,12 @@ class Meter:
         return self.cost
 
     def state_dict(self, model: Module) -> dict[str, Any]:
-        """Cost so far and the shapes that were counted."""
-        return {"cost": dataclasses.asdict(self.read(model)), "flops": dict(self._flops)}
+        """Cost so far, the shapes that were counted, and the number of steps."""
+        return {"cost": dataclasses.asdict(self.read(model)), "flops": dict(self._flops), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict``."""
-        self.cost, self._flops = Cost(**state["cost"]), dict(state["flops"])
+        self.cost, self._flops, self._steps = Cost(**state["cost"]), dict(state["flops"]), state["steps"]
 
 
 def _reset_peak() -> None:

@@ -209,8 +209,8 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.name or any(c in self.name for c in "@*?[]/ "):
             raise PlanError(f"stage name {self.name!r} must be non-empty, without spaces and any of @ * ? [ ] /")
-        if self.steps < 0:
-            raise PlanError(f"stage {self.name!r}: steps={self.steps} must not be negative")
+        if not isinstance(self.steps, int) or self.steps < 0:
+            raise PlanError(f"stage {self.name!r}: steps={self.steps!r} must be a whole number that is not negative")
         for step in self.snapshots:
             if not 0 <= step <= self.steps:
                 raise PlanError(f"stage {self.name!r}: snapshot at step {step} is outside 0…{self.steps}")

@@ -24,6 +24,7 @@ from torch.nn import Module
 from perturbed.core.context import Ctx, FeatureHooks, Past, ScopedLoss
 from perturbed.core.keys import Unkeyed, describe, digest, machine, source_hash, tensors_hash, versions
 from perturbed.core.meter import Cost, Meter
+from perturbed.core.optimiser import Optim
 from perturbed.core.plan import Batch, Measure, Plan, Stage, same_batch
 from perturbed.core.store import Store, Tree, flatten, to_device
 from perturbed.core.streams import Streams
@@ -430,7 +431,11 @@ class _Training:
         self.first = 0
         if stage.steps:
             with ctx.streams.scope("optim", shared=True):
-                self.optim = stage.optim(self.model, ctx)
+                made: Any = stage.optim(self.model, ctx)
+            if not isinstance(made, Optim):
+                what = type(made).__name__
+                raise PlanError(f"stage {stage.name!r}: optim gives a {what}; wrap it, as in pt.Optim(torch_optimiser)")
+            self.optim = made
             self.optim.prepare(accelerator())
             ctx.optim = self.optim
             with ctx.streams.scope("data"):

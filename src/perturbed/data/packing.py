@@ -105,9 +105,27 @@ def attention_mask(segment_ids: Tensor) -> Tensor:
     return (same & causal)[:, None]
 
 
+def segments_of(batch: Batch) -> Tensor:
+    """The batch's ``segment_ids`` [B, T].
+
+    Raises:
+        PlanError: it has none.
+    """
+    if "segment_ids" not in batch:
+        raise PlanError(
+            f"the batch has {', '.join(batch)} but no segment_ids [B, T], which tell the texts of a row apart: pack "
+            "the text (data.packing), or give zeros where each row is one text"
+        )
+    return batch["segment_ids"]
+
+
 def targets(batch: Batch) -> Tensor:
-    """Which of the tokens 1 … T-1 are to be predicted [B, T-1], bool: those whose predecessor is of their segment."""
-    segments = batch["segment_ids"]
+    """Which of the tokens 1 … T-1 are to be predicted [B, T-1], bool: those whose predecessor is of their segment.
+
+    Raises:
+        PlanError: the batch has no ``segment_ids``.
+    """
+    segments = segments_of(batch)
     within = segments[:, 1:] == segments[:, :-1]
     return within & batch["loss_mask"][:, 1:] if "loss_mask" in batch else within
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -191,8 +192,17 @@ def _notes() -> Iterator[str]:
 Submit = Callable[[Task, str, int], "Future[dict[str, Any]]"]
 
 
-def _quiet_worker() -> None:
+def _quiet_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks workers to stop by a file
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: int, patience: float = 10.0) -> None:
+    """End this worker a while after a parent that was killed: time for a checkpoint, none for the next run."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(patience)
+    os._exit(Interrupted.code)
 
 
 @contextlib.contextmanager
@@ -201,7 +211,7 @@ def _loky(workers: int) -> Iterator[Submit]:
     from loky.process_executor import TerminatedWorkerError
 
     one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    executor = ProcessPoolExecutor(workers, timeout=600, initializer=_quiet_worker, env=one)
+    executor = ProcessPoolExecutor(workers, timeout=600, initializer=_quiet_worker, initargs=(os.getpid(),), env=one)
     try:
         yield lambda task, notes, index: executor.submit(_work, task, notes, index)
     except TerminatedWorkerError as e:

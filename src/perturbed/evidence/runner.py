@@ -77,7 +77,8 @@ def run_study(setting: Setting, pool: Pool, listen: ListenerFor) -> Record:
     plans = setting.study.plans()
     jobs = [Job(f"{arm} · seed {seed}", plan, seed) for arm, plan in plans.items() for seed in setting.seeds]
     gate_jobs = _gate_jobs(setting.smoke) if setting.smoke else {}
-    found = pool.run([*gate_jobs.values(), *jobs], listen([*gate_jobs.values(), *jobs]))
+    every = [*gate_jobs.values(), *jobs]
+    found = pool.run(every, _Expecting(listen(every), setting.study.metrics()))
     checks = dict(zip(gate_jobs, found, strict=False))
     rest = iter(found[len(gate_jobs) :])
     results: Results = {arm: {seed: next(rest) for seed in setting.seeds} for arm in plans}
@@ -87,6 +88,22 @@ def run_study(setting: Setting, pool: Pool, listen: ListenerFor) -> Record:
         record["smoke"] = {a: _score(checks[a], setting.study.metric) for a in plans if a in checks}
     record |= judge_record(record)
     return record
+
+
+@dataclass
+class _Expecting:
+    """A listener that ends a study at the first run without one of its metrics, not after the last."""
+
+    listener: Listener
+    metrics: tuple[str, ...]
+
+    def progress(self, job: int, done: int, of: int) -> None:
+        self.listener.progress(job, done, of)
+
+    def finished(self, job: int, result: Result) -> None:
+        for metric in self.metrics:
+            _score(result, metric)
+        self.listener.finished(job, result)
 
 
 def _gate_jobs(smoke: Study) -> dict[str, Job]:

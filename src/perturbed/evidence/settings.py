@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import traceback
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def load_plan(spec: str) -> Recipe:
         raise PlanError(f"no file {path} for --plan {spec}")
     try:
         module = load_file(path)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise PlanError(f"{path} does not import: {type(e).__name__}: {e} (try `python {path.name}`)") from e
     if not hasattr(module, name):
         known = nearest(name, [n for n in vars(module) if not n.startswith("_")])  # type: ignore[assignment]
@@ -61,13 +62,26 @@ def load_plan(spec: str) -> Recipe:
 
 
 def _recipe(found: Any, spec: str) -> Recipe:
-    made = found() if isinstance(found, type) else found
+    made = _called(found, spec) if isinstance(found, type) else found
     if isinstance(made, Plan):
         return Fixed(made)
-    plan = made() if callable(made) else made
+    plan = _called(made, spec) if callable(made) else made
     if not isinstance(plan, Plan):
         raise PlanError(f"{spec} is {type(plan).__name__}, no Plan: name a Plan, or a call that returns one")
     return typing.cast(Recipe, made) if dataclasses.is_dataclass(made) else Fixed(plan)
+
+
+def _called(found: Any, spec: str) -> Any:
+    try:
+        return found()
+    except PlanError:
+        raise
+    except (Exception, SystemExit) as e:
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        raise PlanError(
+            f"{spec} gives no plan: {type(e).__name__}: {e} ({place.filename} line {place.lineno}); it is called "
+            "without arguments"
+        ) from e
 
 
 def apply_settings(study: Study, settings: Sequence[str]) -> Study:

@@ -174,6 +174,15 @@ class Study:
         if clash:
             raise PlanError(f"arm name {clash[0]!r} must be an identifier and not 'control'")
 
+    def metrics(self) -> tuple[str, ...]:
+        """What every run must be measured by: for the verdict, the sanity gate and the contrasts."""
+        asked = [
+            self.metric,
+            *([self.sanity.metric] if self.sanity else []),
+            *(c.metric for c in self.contrasts.values()),
+        ]
+        return tuple(dict.fromkeys(asked))
+
     def at(self, scale: str) -> Study:
         """This study at a scale: plan fields set, and at ``full`` with all arms."""
         if scale not in ("smoke", "laptop", "full", "paper"):

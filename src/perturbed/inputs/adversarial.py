@@ -18,7 +18,7 @@ from torch.nn import Module
 from perturbed.core.context import Ctx
 from perturbed.core.plan import Batch, Plan, Site
 from perturbed.errors import PlanError, nearest
-from perturbed.inputs.noise import uniform
+from perturbed.inputs.noise import continuous_input, uniform
 
 Norm = Literal["linf", "l2"]
 Score = Callable[[Tensor], Tensor]
@@ -256,9 +256,7 @@ class PGDTraining:
 
     def perturb(self, batch: Batch, ctx: Ctx) -> Batch:
         """The batch with its input entry replaced by adversarial examples of it."""
-        name, bounds = ctx.facts.input, ctx.facts.input_range
-        assert name is not None
-        assert bounds is not None
+        name, values, bounds = continuous_input(batch, ctx)
         model = ctx.accelerator.unwrap_model(ctx.model)  # data-parallel wrappers allow a full backward pass only
         rng = ctx.rng(f"pgd start {self.stage}")
 
@@ -267,7 +265,7 @@ class PGDTraining:
 
         with attacked(model, self.mode):
             found = pgd(
-                loss, batch[name], eps=self.eps, alpha=self.alpha, steps=self.steps, rng=rng,
+                loss, values, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=rng,
                 norm=self.norm, bounds=bounds,
             )  # fmt: skip
         return {**batch, name: found}

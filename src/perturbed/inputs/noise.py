@@ -41,6 +41,23 @@ def noisy(x: Tensor, scale: float, rng: Generator, *, distribution: str, bounds:
     return (x + scale * DISTRIBUTIONS[distribution](x, rng)).clamp(*bounds)
 
 
+def continuous_input(batch: Batch, ctx: Ctx) -> tuple[str, Tensor, tuple[float, float]]:
+    """Name, values and legal range of the batch's input, for what moves it a little; the plan states both facts.
+
+    Raises:
+        PlanError: the values are whole numbers, such as token ids, of which nothing is near.
+    """
+    name, bounds = ctx.facts.input, ctx.facts.input_range
+    assert name is not None
+    assert bounds is not None
+    if not batch[name].is_floating_point():
+        raise PlanError(
+            f"the input {name!r} is {str(batch[name].dtype).removeprefix('torch.')}, but what moves it within a range "
+            "wants floating-point numbers: convert it in the data, or change features or embeddings instead"
+        )
+    return name, batch[name], bounds
+
+
 @dataclass(frozen=True)
 class InputNoise:
     """Add random noise to the inputs while training, within their legal range.
@@ -76,8 +93,6 @@ class InputNoise:
 
     def perturb(self, batch: Batch, ctx: Ctx) -> Batch:
         """The batch with noise on its input entry."""
-        name, bounds = ctx.facts.input, ctx.facts.input_range
-        assert name is not None
-        assert bounds is not None
+        name, values, bounds = continuous_input(batch, ctx)
         rng = ctx.rng(f"input noise {self.stage}", every=self.redraw)
-        return {**batch, name: noisy(batch[name], self.scale, rng, distribution=self.distribution, bounds=bounds)}
+        return {**batch, name: noisy(values, self.scale, rng, distribution=self.distribution, bounds=bounds)}

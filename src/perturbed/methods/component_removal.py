@@ -18,18 +18,24 @@ Departures, or what could not be checked (no code was found):
   defended model, up to a fifth of the words, each replaced by one of 8 neighbours in MiniLM's embeddings as they came;
   the same with two letters of a word exchanged has the suffix ``_swaps``.
 - Texts made for the undefended model and put to the defended one, an easier test, are not reported.
+- Not arms: pooling by attention, texts without their special tokens, and the defences that the paper compares itself
+  with (training on attacks, as PGD and FreeLB do, InfoBERT, Flooding-X and others).
+- ``mean_cosine``, ``first_share`` and ``displacement_share`` are of the states that are pooled. With the removal these
+  are what is left, and their first direction is the second of what the encoder gave.
 
 The sham removes one random direction of D, the same for all texts of a run. The full record adds two directions, the
 last one, and the leading one of the corpus.
 
 Length and rate were chosen on pilot seeds 1000 and 1001 by clean accuracy, with the same settings for control and
 removal; attacks had no part in it. With 120 steps (rates 3e-4, 6e-4, 1.2e-3, 2.4e-3; texts of 24 words) the removal
-learnt more slowly: its best was .71, the control's .75. With 200 steps (20 words) rates 5e-4 and 1e-3 gave .75 and .74
-to the control, .76 and .75 to the removal.
+learnt more slowly: its best is .72, the control's .77. With 200 steps (20 words) rates 5e-4 and 1e-3 give .76 and .72
+to the control, .75 and .76 to the removal; that is as the code stands, when they were chosen it was .75, .74, .76, .75.
+
+The further questions were put when a first record was known, with the directions that the paper names.
 """
 
 from perturbed.core.plan import Measure
-from perturbed.evidence.study import AtLeast, PaperScale, Study
+from perturbed.evidence.study import AtLeast, Contrast, PaperScale, Study
 from perturbed.features.components import ComponentRemoval, CorpusComponentRemoval, FirstTokenOnly
 from perturbed.measures.text_robustness import TokenGeometry, WordAttack
 from perturbed.plans.docstring_topics import DocstringTopics
@@ -76,6 +82,20 @@ STUDY = Study(
         "constant": (ComponentRemoval(differentiate=False, stage=FINE),),
         "corpus": (CorpusComponentRemoval(stage=FINE),),
         "cls": (FirstTokenOnly(stage=FINE),),
+    },
+    contrasts={
+        "clean": Contrast(
+            weights={"removal": 1, "control": -1}, metric="accuracy", direction="equal", epsilon=0.03,
+            asks="accuracy without an attack is the same",
+        ),
+        "swaps": Contrast(
+            weights={"removal": 1, "control": -1}, metric="accuracy_attacked_swaps", direction="higher", epsilon=0.03,
+            asks="accuracy is higher also where letters of a word are exchanged",
+        ),
+        "isotropy": Contrast(
+            weights={"removal": 1, "control": -1}, metric="mean_cosine", direction="lower", epsilon=0.05,
+            asks="the tokens of a text point less in one direction",
+        ),
     },
     measures=(
         Measure("attack", WordAttack(texts=60, where="*encoder")),

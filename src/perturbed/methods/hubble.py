@@ -26,13 +26,14 @@ Departures from the paper, which trains models of 1B and 8B parameters on 100B a
 The sham arm inserts the same lines with other codes than those that are scored: whatever it scores above the control
 is the format of the lines, not the memory of a code. Arms of the full record: ``diluted`` (three times the training,
 same insertions), ``early`` and ``late`` (all insertions within the first or the last quarter of training). Sizes, rate
-and levels were chosen on pilot seeds from 1000 on, so that level 64 is learnt within the time of a laptop run.
+and levels were chosen on pilot seeds from 1000 on, so that level 64 is learnt within the time of a laptop run. The
+further questions were put when a first record was known, with the directions that the paper names.
 """
 
 from perturbed.core.plan import Measure
 from perturbed.data.biographies import BiographyInsertions
 from perturbed.data.insertion import Dilution
-from perturbed.evidence.study import AtMost, PaperScale, Study
+from perturbed.evidence.study import AtMost, Contrast, PaperScale, Study
 from perturbed.measures.memorisation import CodeMemory
 from perturbed.plans.docstring_lm import DocstringLM
 
@@ -77,6 +78,16 @@ STUDY = Study(
         "late": (BiographyInsertions(begin=0.75),),
     },
     references={"diluted": "perturbed", "early": "perturbed", "late": "early"},
+    contrasts={
+        "held_out": Contrast(
+            weights={"perturbed": 1, "control": -1}, metric="heldout_loss", unit="nats per token", direction="equal",
+            transform="log", epsilon=0.01, asks="text without planted lines is modelled as well, to one per cent",
+        ),
+        "never_planted": Contrast(
+            weights={"perturbed": 1, "control": -1}, metric="exposure_0", unit="bits", direction="equal", epsilon=1.0,
+            asks="lines that were never planted are no better known than to a model that saw none",
+        ),
+    },
     measures=(Measure("exposure_64", CodeMemory()),),
     primary="perturbed",
     sham="sham",

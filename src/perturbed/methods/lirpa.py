@@ -24,42 +24,44 @@ without regard to classes, for all these arms the same). ``few_flat`` fine-tunes
 all weights with ||[D, d]|| <= 0.1 in each layer, for weight and bias together: the paper's largest radius, absolute as
 there. ``few_flat_small`` has a tenth of it. The sham ``few_noise`` moves the weights as far as the balls of 0.1 reach
 together, 0.1 sqrt(3), at random at each step. A layer is bounded as z + n u, with n^2 = ||h||^2 + 1 of its input h and
-u in an l2 ball (``measures.sharpness``). What these arms are about are secondary scores, told and not tested, as a
-study has one metric: clean accuracy; accuracy and loss at random weights on the surface of balls of 0.1 and, as
-``_wide``, of 3, near half of a layer's norm; and the loss that is proven for 64 test images in balls of 0.1.
+u in an l2 ball (``measures.sharpness``). Its further questions, put when a first record was known, with the paper's
+directions: clean accuracy, and the loss at random weights on the surface of balls of 0.1. Also measured: the same on
+balls of 3, near half of a layer's norm (``_wide``), and the loss that is proven for 64 test images in balls of 0.1.
 
 Departures from the paper, whose figures here are from memory:
 
 - Digits of 8x8 pixels and an MLP with 9k weights, radius 0.1 of the pixel range, in place of CIFAR-10 at 8/255, Tiny
-  ImageNet and Downscaled ImageNet at 1/255, and SST-2. With K = 10 fusion saves little.
+  and Downscaled ImageNet at 1/255, and SST-2.
 - 5 epochs of clean training, then 60 of which the radius grows during the first 42; SGD at a constant rate without
   clipping, where the released code has Adam, clipping at norm 8, and a falling rate.
 - Bounds are cut to the legal pixel range. S-shaped functions get tangents by bisection, the released code a table.
 - Each example has weights of its own in the balls, so that the bound of a batch is above the loss at any weights which
   all share; the released code averages coefficients over the batch first. All margins are bounded by lines at each
   radius, without fusion, which was the tighter; the released code fuses. The paper has an MLP on MNIST there.
-- Forward propagation of lines and word substitutions as a ball are left out.
+- Forward propagation of lines and word substitutions as a ball are left out. Of the lines below a ReLU the adaptive
+  choice alone is offered, of slope 1 where the upper one's is above a half, else 0.
+- Intervals of all m_j come from rows [B, K, K], so fusion saves less than it could: 64 examples and an MLP 64-64-64-K
+  take 6 ms of CPU a step by intervals, 12 fused, 29 not fused at K = 100, and 401, 473, 895 at K = 1,000.
 
 Rates were chosen from 0.02, 0.05, 0.1 and 0.2 on pilot seeds 1000 and 1001, for each arm by its own certified accuracy:
 .74, .76, .74, .66 for ``ibp``, .75, .78, .73, .69 for ``fused``, .73, .76, .72 and not run for the sham, so 0.05 for
 all; the control's clean accuracy is indifferent (.97 to .98). That the reference is ``ibp``, not the control, was
-decided after scores of seed 1000 had been seen.
-
-A first registered run gave -0.034 [-0.096, +0.027]. In it the slopes of ``fused`` at the smallest radii were quotients
-of rounding errors, which at rates of 0.1 and more spoilt its training; that was mended, its rates were swept again, and
-every arm was run again.
+decided after scores of seed 1000 had been seen. A first registered run gave -0.034 [-0.096, +0.027]: at the smallest
+radii slopes of ``fused`` were quotients of rounding errors. That was mended, its rates swept and every arm run again.
 
 The rates of the arms on few labels were chosen on the same seeds, for each by its own clean accuracy at 0.02, 0.05, 0.1
 and 0.2, and at 0.4 where 0.2 was best: .881, .887, .903, .906, .903 for ``few``; .899, .900, .882, .538, not run for
 ``few_flat``; .882, .891, .903, .912, .910 for ``few_flat_small``; .881, .887, .903, .907, .904 for ``few_noise``. So it
 is 0.05 for ``few_flat`` and 0.2 for the others. That there is an arm with a tenth of the radius was decided after those
 scores of ``few_flat`` had been seen. An absolute radius leaves a way out: at 0.1 the weights grow to about twice the
-norm of those of ``few``, next to which the balls are smaller, and the test loss rises (there, 1.6 against 0.4).
+norm of those of ``few``, next to which balls and noise are smaller, and the test loss rises (there, 1.6 against 0.4).
+So what ``few_flat`` gains at a noise of 3 (.890 against .849) is no question here: ``few`` with its layers multiplied
+by 1.94, and biases such that no decision changes, has .888.
 """
 
 from perturbed.core.plan import Measure
 from perturbed.data.subset import FewExamples
-from perturbed.evidence.study import AtLeast, PaperScale, Study
+from perturbed.evidence.study import AtLeast, Contrast, PaperScale, Study
 from perturbed.inputs.adversarial import PGDTraining
 from perturbed.measures.bounds import CertifiedAccuracy
 from perturbed.measures.robustness import Robustness
@@ -92,8 +94,7 @@ CARD = {
 }
 
 FINE = "finetune"
-EPS = 0.1
-RADIUS = 0.1  # of each layer's weights
+EPS = RADIUS = 0.1  # in units of the input; of each layer's weights
 LAYERS = 3
 FEW = FewExamples(share=0.1)
 FASTER = StepDecay(peak=4.0, milestones=(), stage=FINE)  # 0.2
@@ -115,6 +116,16 @@ STUDY = Study(
         "few_noise": (FEW, FASTER, SharpnessAware(rho=RADIUS * LAYERS**0.5, direction="random", stage=FINE)),
     },
     references={"separate": "ibp", "few_flat": "few", "few_flat_small": "few", "few_noise": "few"},
+    contrasts={
+        "flat": Contrast(
+            weights={"few_flat": 1, "few": -1}, metric="accuracy", direction="higher", epsilon=0.02,
+            asks="with few labels, training on bounds while weights move is more accurate",
+        ),
+        "flat_loss": Contrast(
+            weights={"few_flat": 1, "few": -1}, metric="loss_noise", unit="nats", direction="lower", epsilon=0.05,
+            asks="with few labels, it has a lower loss where weights are moved by 0.1 at random",
+        ),
+    },
     measures=(
         Measure("certified", CertifiedAccuracy(eps=EPS)),
         Measure("robustness", Robustness(eps=EPS, alpha=EPS / 4, queries=0)),

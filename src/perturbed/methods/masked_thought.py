@@ -11,7 +11,7 @@ the first two thirds of the training. Nothing is hidden when the model is used.
 The plan (``plans.arithmetic_reasoning``): a Llama of 2 layers learns chains of two and three sums with results up to 20
 from 25,000 worked problems, and is then tuned on 240 of three sums with results up to 99, which it comes to know by
 heart. What counts is how many of 512 other problems of the latter kind it solves, writing the solution greedily. About
-44 % of them have no result above 20, and are near what it knew; the others need sums of which it has seen some.
+47 % of them have no result above 20, and are near what it knew; the others need sums of which it has seen some.
 
 Where this departs from the paper, or had to choose:
 
@@ -22,17 +22,17 @@ Where this departs from the paper, or had to choose:
   one, and begins its input and output embedding with the mean of the others; here the input embedding does, as the
   token is never written.
 - The rate rises by (step + 1) instead of step, so that without a warm-up the first step is masked too.
-- The paper's remark that random tokens do as well (the released GSM8K script puts those, not masks) is the arm
-  ``random``.
+- That random tokens do as well (the released GSM8K script puts those, not masks) is the arm ``random``.
 
-The sham arm hides tokens of the question in the same way and at the same rate: the paper reports no gain from that.
-Arms of the full record: ``rate_10``, ``rate_40``, ``random``, ``everywhere`` (question and solution), and two
-comparators of the paper that change all embeddings and hide nothing (``features.embeddings``): ``embedding_noise``
-(NEFTune with alpha = 5) and ``embedding_dropout`` (q = 0.1, of elements as in the released code; the paper reports that
-it hurts). Not arms: scheduled sampling, synonyms, data sampled from the model. Beside accuracy, ``dependency_question``
-and ``dependency_solution`` say how often changing one digit of the question, or of the solution so far, changes a later
-number; the paper's explanation is that the former rises. ``accuracy_longer`` is of chains of four sums, which no stage
-has shown and hardly any of which is solved.
+The sham arm hides tokens of the question in the same way and at the same rate (with it what rows are filled up with,
+which no text sees): the paper reports no gain from that. Arms of the full record: ``rate_10``, ``rate_40``, ``random``,
+``everywhere`` (question and solution), and two comparators of the paper that change all embeddings and hide nothing
+(``features.embeddings``): ``embedding_noise`` (NEFTune with alpha = 5) and ``embedding_dropout`` (q = 0.1, of elements
+as in the released code; the paper reports that it hurts). Not arms: scheduled sampling, synonyms, dropout of whole
+tokens, noise on the hidden tokens alone, data sampled from the model. Beside accuracy, ``dependency_question`` and
+``dependency_solution`` say how often changing one digit of the question, or of the solution so far, changes a later
+number of the solution; the paper's explanation is that the former rises. ``accuracy_longer`` is of chains of four sums,
+which no stage has shown and hardly any of which is solved.
 
 The first registered study could not decide: its control solved between .14 and .71 of the problems by seed, and masked
 less control was -.05 with the interval [-.16, +.06]. There the second stage had one sum more than the first, which 400
@@ -61,11 +61,12 @@ shorter one. At that length each arm has its own best rate; where that was at th
 
 So all arms have 600 steps, the control 0.002 and the treatment 0.001. The arms that hide tokens take the treatment's
 rate, so a comparison of theirs with the control is also one of rates (the sham is there to be compared with the
-treatment); the two that change embeddings take the control's. The probability p was not tuned.
+treatment); the two that change embeddings take the control's. The probability p was not tuned. The further questions
+were put when a first record was known, with the directions that the paper names.
 """
 
 from perturbed.core.plan import Measure
-from perturbed.evidence.study import AtLeast, PaperScale, Study
+from perturbed.evidence.study import AtLeast, Contrast, PaperScale, Study
 from perturbed.features.embeddings import EmbeddingDropout, EmbeddingNoise
 from perturbed.inputs.masking import MaskedInputs
 from perturbed.measures.reasoning import Dependency, FinalAnswers
@@ -115,6 +116,20 @@ STUDY = Study(
         "everywhere": (MaskedInputs(rate=0.2, hide="everywhere", stage=FINE), SLOWER),
         "embedding_noise": (EmbeddingNoise(alpha=5.0, stage=FINE),),
         "embedding_dropout": (EmbeddingDropout(rate=0.1, stage=FINE),),
+    },
+    contrasts={
+        "question": Contrast(
+            weights={"masked": 1, "control": -1}, metric="dependency_question", direction="higher", epsilon=0.02,
+            asks="another number in the question changes more of the numbers that follow",
+        ),
+        "far": Contrast(
+            weights={"masked": 1, "control": -1}, metric="dependency_question_far", direction="higher", epsilon=0.02,
+            asks="another number in the question changes more of the numbers far from it",
+        ),
+        "longer": Contrast(
+            weights={"masked": 1, "control": -1}, metric="accuracy_longer", direction="higher", epsilon=0.03,
+            asks="accuracy is higher on chains longer than those of the training",
+        ),
     },
     measures=(
         Measure("accuracy, longer", FinalAnswers(64, longer=1, suffix="_longer")),

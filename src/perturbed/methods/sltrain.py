@@ -32,7 +32,7 @@ Departures from the paper:
 - s = 0.25, that of the paper's smallest model; in its script s falls to 0.008 at 7B.
 - The plan's weight decay of 0.1, clipping at norm 1 and cosine are used for all arms; the scripts have no decay. Decay
   acts on B, A and entries as on the matrices that they stand for.
-- ReLoRA, GaLore, 8-bit Adam and updates layer by layer are no arms.
+- ReLoRA, GaLore, 8-bit Adam, updates layer by layer and places of the largest entries of a trained matrix are no arms.
 - The paper's table is quoted from memory of it, see the sheet; rows of SLTrain were not checked.
 
 Peak rates are powers of 2 times 0.001, each arm's own best by the held-out loss of pilot seed 1000, the sweep being
@@ -48,11 +48,12 @@ of both decided.
     sparse                               3.92   3.91   3.96
     paper_start            4.52   4.36   4.48
 
-The other arms of the full record take the rate of the arm that they vary.
+The other arms of the full record take the rate of the arm that they vary. The further questions were put when a
+first record was known: the first has the paper's direction, the second is our own.
 """
 
 from perturbed.core.plan import Measure
-from perturbed.evidence.study import AtMost, PaperScale, Study
+from perturbed.evidence.study import AtMost, Contrast, PaperScale, Study
 from perturbed.measures.parameters import Ranks, Storage
 from perturbed.optim.fine_tuning import StepDecay
 from perturbed.plans.docstring_lm import DocstringLM
@@ -103,6 +104,16 @@ STUDY = Study(
         "paper_start": (SparseLowRank(rank=0, density=1.0), rate(2.0)),
     },
     references={"same_rank": "low_rank_small", "denser": "sltrain", "wider": "sltrain"},
+    contrasts={
+        "full_rank": Contrast(
+            weights={"sltrain": 1, "control": -1}, metric="heldout_loss", unit="nats per token", direction="equal",
+            epsilon=0.05, asks="the loss is that of full rank",
+        ),
+        "sparse_alone": Contrast(
+            weights={"sltrain": 1, "sparse": -1}, metric="heldout_loss", unit="nats per token", direction="lower",
+            epsilon=0.05, asks="the loss is below that of as many sparse entries without a product",
+        ),
+    },
     measures=(
         Measure("storage", Storage(), better="lower"),
         Measure("ranks", Ranks()),

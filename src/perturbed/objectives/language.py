@@ -8,7 +8,7 @@ from torch.nn import Module
 
 from perturbed.core.context import Ctx
 from perturbed.core.plan import Batch
-from perturbed.data.packing import attention_mask, position_ids, targets
+from perturbed.data.packing import attention_mask, position_ids, segments_of, targets
 
 
 def causal_logits(model: Module, batch: Batch) -> Tensor:
@@ -47,7 +47,12 @@ def token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def next_token_loss(model: Module, batch: Batch, ctx: Ctx) -> Tensor:
-    """Loss slot: mean cross-entropy in nats over the targets of ``batch`` (see ``token_losses``)."""
-    shown = {k: batch[k][:, :-1] for k in ("input_ids", "segment_ids")}  # the last token is only predicted
+    """Loss slot: mean cross-entropy in nats over the targets of ``batch`` (see ``token_losses``).
+
+    Raises:
+        PlanError: the batch has no ``segment_ids``.
+    """
+    whole = {"input_ids": batch["input_ids"], "segment_ids": segments_of(batch)}
+    shown = {k: v[:, :-1] for k, v in whole.items()}  # the last token is only predicted
     losses, wanted = token_losses(causal_logits(model, shown), batch)
     return (losses * wanted).sum() / wanted.sum().clamp(min=1)

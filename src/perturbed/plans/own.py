@@ -55,6 +55,11 @@ def from_model(
     if not 1 <= batch <= len(table):
         raise PlanError(f"data has {len(table)} examples for batch={batch}: choose a batch between 1 and {len(table)}")
     first = table.take(range(min(2, len(table))))
+    for one in measures:
+        if not isinstance(one, Measure):
+            raise PlanError(
+                f"measures: {one!r} is no Measure: pt.Measure('name', function), which maps a run to scores"
+            )
     known = {**guessed_facts(sample, forward, first), **(facts or {})}
     loss = loss or default_loss(sample, forward, first)
     if held_out is not None:
@@ -74,6 +79,8 @@ def from_model(
 def _facts(known: Mapping[str, Any]) -> Facts:
     own = {f.name for f in dataclasses.fields(Facts)} - {"more"}
     more = {name: value for name, value in known.items() if name not in own}
+    if hasattr(known.get("tokenizer"), "encode"):
+        raise PlanError("facts: tokenizer is a tokenizer; give a function that returns it: lambda: tokenizer")
     return Facts(**{k: v for k, v in known.items() if k in own}, more=more)
 
 

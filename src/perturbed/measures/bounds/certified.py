@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from perturbed.core.run import Run
-from perturbed.errors import PlanError
+from perturbed.errors import PlanError, nearest
 from perturbed.measures.bounds.graph import trace
 from perturbed.measures.bounds.propagate import Ball, Method, Norm, lower_margins
 from perturbed.measures.vision import examples
@@ -50,6 +51,14 @@ class CertifiedAccuracy:
     method: Method = "crown"
     fact: str = "held_out"
     suffix: str = ""
+
+    def __post_init__(self) -> None:
+        for field, options in (("norm", get_args(Norm)), ("method", ("crown", "crown-ibp"))):
+            if getattr(self, field) not in options:
+                value = getattr(self, field)
+                raise PlanError(f"CertifiedAccuracy: no {field} {value!r}: {nearest(str(value), options)}")
+        if not 0 <= self.eps < math.inf:
+            raise PlanError(f"CertifiedAccuracy: eps={self.eps} must be finite and not negative")
 
     def __call__(self, run: Run) -> dict[str, float]:
         """The shares, each in [0, 1]."""
