@@ -239,7 +239,7 @@ def test_the_page_says_what_was_asked_and_what_came_out():
     made |= {"slug": None, "unit": "", "claim": {}, "scale": None, "plan": "p", "title": "t"}
     made |= judge_record(made)
     text = study_html(made)
-    assert "loss of both − one − other + control, in nats; claimed: lower, ε ±0.1" in text
+    assert "loss of both + control − one − other, in nats; claimed: lower, ε ±0.1" in text
     assert "loss of both − 0.5 one − 0.5 other; claimed: lower" in text
     effect = made["contrasts"]["joint"]["effect"]
     assert effect > 0

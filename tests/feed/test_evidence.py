@@ -84,6 +84,12 @@ def rewrite(path, change, *, line=-1, seal=False):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def newest(path):
+    """The line of the newest record of the laptop scale, which is the one that is shown."""
+    scales = [json.loads(line)["scale"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return len(scales) - 1 - scales[::-1].index("laptop")
+
+
 def lift(edited):
     """Make every treatment score a little better."""
     scores = edited["scores"][edited["primary"]]
@@ -257,9 +263,12 @@ def test_changed_and_smoke_runs_are_no_evidence(nothing, database):
     [
         (lambda path: rewrite(path, lift), "does not match its hash"),
         (lambda path: path.write_text("not json\n" + path.read_text(encoding="utf-8")), "not JSON"),
-        (lambda path: rewrite(path, lambda old: old.pop("scores"), line=0, seal=True), "lacks scores"),
-        (lambda path: rewrite(path, lambda old: old.update(arms={}), line=0, seal=True), "cannot be used"),
-        (lambda path: rewrite(path, lambda old: old.update(arms=3, scores=[]), line=0, seal=True), "cannot be used"),
+        (lambda path: rewrite(path, lambda old: old.pop("scores"), line=newest(path), seal=True), "lacks scores"),
+        (lambda path: rewrite(path, lambda old: old.update(arms={}), line=newest(path), seal=True), "cannot be used"),
+        (
+            lambda path: rewrite(path, lambda old: old.update(arms=3, scores=[]), line=newest(path), seal=True),
+            "cannot be used",
+        ),
         (lambda path: path.write_bytes(b"\xff\xfe\x00 {}\n"), "not JSON"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
     ],
@@ -285,8 +294,9 @@ def test_a_damaged_ledger_is_told_at_its_paper_and_touches_no_other(package, dat
 
 
 def test_a_resealed_score_is_found_when_the_page_recomputes(package):
-    rewrite(package / "hubble.jsonl", lift, line=0, seal=True)
-    assert committed("hubble")[-1]["hash"] not in (package / "hubble.jsonl").read_text()
+    path = package / "hubble.jsonl"
+    rewrite(path, lift, line=newest(path), seal=True)
+    assert committed("hubble")[-1]["hash"] not in path.read_text()
     assert isinstance(verdicts.summary_of("hubble"), Short)
     page = evidence.evidence("hubble")
     assert isinstance(page, Unreadable)

@@ -475,9 +475,9 @@ def _arm(record: Record, arm: str) -> dict[str, Any]:
 
 def _contrast(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     interval = asked["interval"]
-    terms = [f"{'' if abs(w) == 1 else f'{abs(w):g} '}{arm}" for arm, w in asked["weights"].items()]
-    signs = ["+" if w > 0 else MINUS for w in asked["weights"].values()]
-    formula = " ".join(f"{sign} {term}" for sign, term in zip(signs, terms, strict=True)).removeprefix("+ ")
+    weights = sorted(asked["weights"].items(), key=lambda one: one[1] < 0)  # a ledger keeps them by name
+    terms = [f"{MINUS if w < 0 else '+'} {'' if abs(w) == 1 else f'{abs(w):g} '}{arm}" for arm, w in weights]
+    formula = " ".join(terms).removeprefix("+ ")
     epsilon = asked["epsilon"]
     return {
         "name": name,
