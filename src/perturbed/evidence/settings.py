@@ -54,7 +54,7 @@ def load_plan(spec: str) -> Recipe:
     try:
         module = load_file(path)
     except (Exception, SystemExit) as e:
-        raise PlanError(f"{path} does not import: {type(e).__name__}: {e} (try `python {path.name}`)") from e
+        raise PlanError(f"{path} does not import: {_told(e, path)} (try `python {path.name}`)") from e
     if not hasattr(module, name):
         known = nearest(name, [n for n in vars(module) if not n.startswith("_")])  # type: ignore[assignment]
         raise PlanError(f"{path} has no {name!r}: {known}")
@@ -77,11 +77,14 @@ def _called(found: Any, spec: str) -> Any:
     except PlanError:
         raise
     except (Exception, SystemExit) as e:
-        place = traceback.extract_tb(e.__traceback__)[-1]
-        raise PlanError(
-            f"{spec} gives no plan: {type(e).__name__}: {e} ({place.filename} line {place.lineno}); it is called "
-            "without arguments"
-        ) from e
+        file = plan_file(spec)
+        raise PlanError(f"{spec} gives no plan: {_told(e, file)}; it is called without arguments") from e
+
+
+def _told(e: BaseException, file: Path | None) -> str:
+    """What went wrong, and the last line of the user's file that led there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(file)]
+    return f"{type(e).__name__}: {e}" + (f", at {file} line {lines[-1]}" if lines else "")
 
 
 def apply_settings(study: Study, settings: Sequence[str]) -> Study:
